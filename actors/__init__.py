@@ -1,0 +1,1 @@
+"""Ray actors: thin shells that feed events to `timetier.cluster` and carry out its effects."""

@@ -1,0 +1,1 @@
+"""What is true of TimeTier without Ray: routing, consensus, engine, blocks, messages, carriers, client."""

@@ -1,0 +1,118 @@
+"""Cold links: the records in a bucket's system timeline that make sunk items findable.
+
+A link covers one window of one table in one bucket. It is an item of the bucket's system timeline with key
+(window start, table name); a later generation replaces it by having the same key. The storage tier needs no more
+than the link to know which rows may be evicted, and a reader no more than it to read the block.
+
+Two more items of a system timeline lie at `RECORDS_AT`, before all windows: `horizon/TABLE` (int64, items with an
+older timestamp have expired) and `fence` (written to make pending conditional writes of a stale run fail).
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ProtocolError
+from ..keys import MIN_TIMESTAMP, item_key, priority, timeline_hash
+
+FORMAT = 1
+RECORDS_AT = MIN_TIMESTAMP
+FENCE_KEY = item_key(RECORDS_AT, b"fence")
+HORIZON_PREFIX = b"horizon/"
+
+
+class Block(msgspec.Struct, array_like=True, frozen=True):
+    """One Arrow record batch in a cold file: rows sorted by (owner, timestamp, id).
+
+    `offset`, `length`: the encapsulated IPC message (metadata and body) in the file; `crc`: its CRC32C.
+    `low`, `high`: every row has low <= item key < high. `first_owner`, `last_owner`: inclusive range of owners.
+    """
+
+    file: str
+    offset: int
+    length: int
+    crc: int
+    rows: int
+    low: bytes
+    high: bytes
+    first_owner: bytes
+    last_owner: bytes
+
+
+class Link(msgspec.Struct, array_like=True, frozen=True):
+    """All blocks of one (bucket, table, window), and exactly which rows they stand for.
+
+    The blocks hold, for the owner with `owners[i]`, the newest version (not above `versions[i]`) of each item in
+    [window_start, window_end) whose timestamp is < `event_before` and that was written < `written_before`, and
+    whatever the generation before held and nobody has replaced since. Those rows, and the versions that they
+    supersede, may be evicted once this link is chosen.
+
+    `owners`: sorted uint64 hashes (`keys.timeline_hash`), `versions`: int64, parallel: the chosen version of that
+    timeline at which the sink read it. `written_before`: microseconds since 1970.
+    """
+
+    format: int
+    bucket: int
+    table: bytes
+    window_start: int
+    window_end: int
+    generation: int
+    event_before: int
+    written_before: int
+    owners: bytes
+    versions: bytes
+    rows: int
+    raw_bytes: int  # keys, ids and values before encoding
+    run: str
+    blocks: list[Block]
+
+    @property
+    def key(self) -> bytes:
+        """Item key of this link in the system timeline."""
+        return item_key(self.window_start, self.table)
+
+    def owner_hashes(self) -> npt.NDArray[np.uint64]:
+        """Sorted hashes of the owners that the blocks hold: uint64[n]."""
+        return np.frombuffer(self.owners, dtype="<u8")
+
+    def version_of(self, owner_hash: int) -> int:
+        """Version at which the sink read the owner with this hash, or -1 if the blocks hold nothing of it."""
+        hashes = self.owner_hashes()
+        at = int(np.searchsorted(hashes, np.uint64(owner_hash)))
+        if at == len(hashes) or int(hashes[at]) != owner_hash:
+            return -1
+        return int(np.frombuffer(self.versions, dtype="<i8")[at])
+
+    def blocks_of(self, owner: bytes) -> list[Block]:
+        """Blocks that may hold items of `owner`."""
+        if self.version_of(timeline_hash(self.table, owner)) < 0:
+            return []
+        return [block for block in self.blocks if block.first_owner <= owner <= block.last_owner]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Link)
+
+
+def encode_link(link: Link) -> bytes:
+    """Value of the link's item."""
+    return _encoder.encode(link)
+
+
+def decode_link(value: bytes) -> Link:
+    """Link of an item's value. Raises ProtocolError if it is none or of a later format."""
+    try:
+        link = _decoder.decode(value)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed cold link: {error}") from None
+    if link.format > FORMAT:
+        raise ProtocolError(f"a cold link of format {link.format}; this version reads up to {FORMAT}")
+    return link
+
+
+def cold_order(bucket: int, window_start: int, replicas: int) -> tuple[int, ...]:
+    """Cold replicas in the order in which a block of this bucket and window is to be asked for."""
+
+    return priority(bucket.to_bytes(4, "big") + window_start.to_bytes(8, "big", signed=True), replicas)

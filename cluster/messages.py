@@ -1,0 +1,590 @@
+"""The messages that nodes exchange, and their codec.
+
+One schema (`msgspec` structs, tagged, as MessagePack arrays) serves all carriers. Batches are columns: variable
+length fields are lists of bytes, fixed ones are packed little-endian arrays (`pack_i64` and its kin). Decoding
+checks the schema, so a frame either is a message or raises `ProtocolError`; nothing is ever unpickled.
+
+Column names that come back in several messages:
+
+`timelines`   list of timeline keys (see `keys.py`), one per request
+`keys`        list of item keys
+`values`      list of values, b"" where `kinds` says tombstone
+`versions`    int64 array: the version (log entry) that wrote the item
+`written`     int64 array: microseconds since 1970, the time at which the item was written
+`kinds`       bytes, one `PUT`, `DELETE` or `WIPE` each
+`counts`      uint32 array: how many items of the flat columns belong to each request, in order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import errors
+from .errors import ProtocolError, TimeTierError
+
+MAX_FRAME_BYTES = 64 << 20  # the largest frame that a carrier takes; batches stay far below it
+
+# What a mutation or a stored row is.
+PUT, DELETE, WIPE = 0, 1, 2  # WIPE hides everything of the timeline that is older than itself
+
+# Outcomes of one request in a batch.
+OK = 0
+CONFLICT = 1  # conditional write met another version; `versions` has the present one
+STALE = 2  # the sender's version is older than the remembered request ids: surely not applied by this attempt
+UNAVAILABLE = 3
+UNKNOWN = 4
+INVALID = 5
+MISPLACED = 6  # this group does not own the bucket: the sender's map is old
+CORRUPT = 7
+
+# Payload of one timeline in `Checked`.
+SAME, DELTA, RANGE, POINT = 0, 1, 2, 3
+
+Life = tuple[int, int, int]
+"""(replica, incarnation, boot): one life of one replica. Compare only lives of one replica."""
+
+Ballot = tuple[int, Life]
+"""(round, life). Totally ordered, and never used by two lives."""
+
+NO_LIFE: Life = (-1, 0, 0)
+NO_BALLOT: Ballot = (-1, NO_LIFE)
+
+
+def pack_i64(values: Iterable[int] | npt.NDArray[Any]) -> bytes:
+    """int64 column as bytes."""
+    return np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype="<i8").tobytes()
+
+
+def unpack_i64(column: bytes) -> list[int]:
+    """int64 column as a list. Raises ProtocolError when the length is off."""
+    if len(column) % 8:
+        raise ProtocolError(f"an int64 column of {len(column)} bytes")
+    return np.frombuffer(column, dtype="<i8").tolist()
+
+
+def pack_u32(values: Iterable[int]) -> bytes:
+    """uint32 column as bytes."""
+    return np.asarray(list(values), dtype="<u4").tobytes()
+
+
+def unpack_u32(column: bytes) -> list[int]:
+    """uint32 column as a list. Raises ProtocolError when the length is off."""
+    if len(column) % 4:
+        raise ProtocolError(f"a uint32 column of {len(column)} bytes")
+    return np.frombuffer(column, dtype="<u4").tolist()
+
+
+class _Message(msgspec.Struct, array_like=True, tag=True):
+    pass
+
+
+class _Part(msgspec.Struct, array_like=True):
+    pass
+
+
+# ---------------------------------------------------------------- any node
+
+
+class Failure(_Message):
+    """The request as a whole failed. `kind`: name of the error class in `errors.py`."""
+
+    kind: str
+    message: str
+    fields: dict[str, float | int | str | None] = {}
+
+
+class Ping(_Message):
+    """Is anybody there? Answered by `Pong`."""
+
+
+class Pong(_Message):
+    """Answer to `Ping`, and to messages that need no other answer."""
+
+
+class StatusRequest(_Message):
+    """Ask a node for its state."""
+
+
+class Status(_Message):
+    """State and counters of a node: one JSON object."""
+
+    body: bytes
+
+
+# ---------------------------------------------------------------- client -> storage
+
+
+class Write(_Message):
+    """Atomic write requests, one per element of `timelines`; request i owns `counts[i]` mutations."""
+
+    epoch: int
+    timelines: list[bytes]
+    request_ids: list[bytes]  # 16 bytes each
+    seen: bytes  # int64: the greatest version that the sender knows of that timeline
+    if_version: bytes  # int64: -1 = unconditional
+    counts: bytes
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    timeout_ms: int
+
+
+class Written(_Message):
+    """Answer to `Write`. `versions`: int64, the entry that applied it, or the present version."""
+
+    outcomes: bytes
+    versions: bytes
+
+
+# ---------------------------------------------------------------- client -> cache (or storage, which reads too)
+
+
+class ReadPages(_Message):
+    """Newest items of each timeline that are older than `before` (an item key, exclusive; b"" = from the newest)."""
+
+    epoch: int
+    timelines: list[bytes]
+    before: list[bytes]
+    limits: bytes  # uint32
+    timeout_ms: int
+
+
+class Pages(_Message):
+    """Answer to `ReadPages`: items newest first. `more`: 1 where older items may exist."""
+
+    outcomes: bytes
+    timeline_versions: bytes
+    counts: bytes
+    more: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    versions: bytes
+    written: bytes
+
+
+class ReadItems(_Message):
+    """Single items; the same timeline may come several times."""
+
+    epoch: int
+    timelines: list[bytes]
+    keys: list[bytes]
+    timeout_ms: int
+
+
+class FoundItems(_Message):
+    """Answer to `ReadItems`. `found`: 1 where the item exists."""
+
+    outcomes: bytes
+    timeline_versions: bytes
+    found: bytes
+    values: list[bytes]
+    versions: bytes
+    written: bytes
+
+
+# ---------------------------------------------------------------- reader -> storage
+
+
+class Known(_Part):
+    """A reader's proof that entry `entry` of the request's timeline was chosen at `ballot`."""
+
+    index: int
+    entry: int
+    ballot: Ballot
+
+
+class Open(_Part):
+    """Request `index`: this replica has accepted entry chosen+1 at `ballot`."""
+
+    index: int
+    ballot: Ballot
+
+
+class LinkRef(_Part):
+    """Where one block lies, as far as one reader needs it for one timeline."""
+
+    bucket: int  # with `window_start` it gives the order in which the replicas are to be asked
+    window_start: int
+    format: int
+    file: str
+    offset: int
+    length: int
+    crc: int
+    low: bytes  # every row of the block has low <= item key < high
+    high: bytes
+
+
+class Check(_Message):
+    """For each timeline: "I have version `have`; tell me what I need". `have` is -1 for nothing.
+
+    `wants`: DELTA (answer SAME, DELTA or, if the log tail is too short, RANGE), RANGE or POINT.
+    `bounds`: for RANGE `before` (exclusive, b"" = newest), for POINT the item key.
+    `limits`: uint32, live items wanted by a RANGE.
+    """
+
+    timelines: list[bytes]
+    have: bytes
+    wants: bytes
+    bounds: list[bytes]
+    limits: bytes
+    known: list[Known] = []
+
+
+class Links(_Part):
+    """Blocks that may hold items of request `index` within the answered range, newest window first."""
+
+    index: int
+    refs: list[LinkRef]
+
+
+class Checked(_Message):
+    """Answer to `Check`, all of it from one instant of this replica.
+
+    `chosen`: int64, the version up to which this replica has applied the timeline, and as of which it answers.
+    `payloads`: SAME, DELTA, RANGE or POINT. Items are newest first in a RANGE, in log order in a DELTA.
+    `wiped`: int64, items (also in blocks) of a version up to this one are deleted.
+    `floors`: for a RANGE the item key down to which hot rows and links are complete; b"" = to the oldest.
+    `horizons`: int64, items with a timestamp below this have expired.
+    """
+
+    chosen: bytes
+    opens: list[Open]
+    payloads: bytes
+    counts: bytes
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    versions: bytes
+    written: bytes
+    wiped: bytes
+    horizons: bytes
+    floors: list[bytes]
+    links: list[Links]
+
+
+class AskVersions(_Message):
+    """Ask only for versions; the cheap half of a strong read."""
+
+    timelines: list[bytes]
+
+
+class Versions(_Message):
+    """Answer to `AskVersions`. `chosen`: int64."""
+
+    chosen: bytes
+    opens: list[Open]
+
+
+class Settle(_Message):
+    """Have the replica find out, by Prepare, whether `entries[i]` of `timelines[i]` was chosen; complete it if so."""
+
+    timelines: list[bytes]
+    entries: bytes
+    timeout_ms: int
+
+
+class Settled(_Message):
+    """Answer to `Settle`: outcomes (OK, UNAVAILABLE) and versions that are now known to be chosen."""
+
+    outcomes: bytes
+    versions: bytes
+
+
+# ---------------------------------------------------------------- storage <-> storage
+
+
+class Value(_Part):
+    """What one log entry decides: mutations and the requests that they serve. `origin` never changes."""
+
+    origin: Life
+    written: int  # microseconds since 1970, by the clock of the origin
+    request_ids: list[bytes]
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+
+
+class _Peer(msgspec.Struct, array_like=True, tag=True):
+    timeline: bytes
+
+
+class Prepare(_Peer):
+    entry: int
+    ballot: Ballot
+
+
+class Promise(_Peer):
+    """No lower ballot will be accepted. `accepted`: the highest accepted ballot, with its value."""
+
+    entry: int
+    ballot: Ballot
+    accepted: Ballot
+    value: Value | None
+
+
+class Accept(_Peer):
+    """`before`: the ballot at which entry-1 was chosen, so that a peer that accepted it there can apply it."""
+
+    entry: int
+    ballot: Ballot
+    before: Ballot
+    value: Value
+
+
+class Accepted(_Peer):
+    entry: int
+    ballot: Ballot
+
+
+class Nack(_Peer):
+    """Refusal of `ballot`; `promised` is what stands against it."""
+
+    entry: int
+    ballot: Ballot
+    promised: Ballot
+
+
+class Chosen(_Peer):
+    """Entry `entry` was chosen at `ballot`: whoever accepted it at that very ballot applies it."""
+
+    entry: int
+    ballot: Ballot
+
+
+class Fetch(_Peer):
+    """Send me what was chosen from entry `first` on; `cursor` goes on with a state transfer."""
+
+    first: int
+    cursor: bytes = b""
+    state_version: int = -1
+
+
+class Entries(_Peer):
+    """Chosen entries from `first` on, in order. `ballot`: the one at which the last of them was chosen."""
+
+    first: int
+    values: list[Value]
+    ballot: Ballot
+    chosen: int  # how far the sender is
+
+
+class State(_Peer):
+    """A piece of a timeline's whole state as of `version`; replaces what the receiver has, when complete.
+
+    `needs_system`: version of the bucket's system timeline that the receiver must have applied first, because
+    rows that the sender has evicted are only found through links up to there.
+    """
+
+    version: int
+    ballot: Ballot
+    origin: Life
+    wiped: int
+    needs_system: int
+    request_ids: list[tuple[int, list[bytes]]]
+    cursor: bytes  # where this piece starts
+    next: bytes  # where the next one starts; b"" = this is the last
+    row_keys: list[bytes]  # item key + version, as in the engine
+    rows: list[bytes]
+
+
+PeerMessage = Prepare | Promise | Accept | Accepted | Nack | Chosen | Fetch | Entries | State
+
+
+class PeerBatch(_Message):
+    """Everything that one replica has to tell another after one step, in order."""
+
+    life: Life
+    incarnation_seen: int  # the sender's view of the receiver's incarnation, so that a zombie learns its state
+    boot_seen: int
+    messages: list[PeerMessage]
+
+
+class AskChosen(_Message):
+    """Catch-up: which timelines of `bucket` from `cursor` on (a timeline key) do you have, and how far?"""
+
+    bucket: int
+    cursor: bytes
+
+
+class ChosenList(_Message):
+    """Answer to `AskChosen`. `next`: where the rest starts, as (bucket, cursor); bucket -1 = no more."""
+
+    timelines: list[bytes]
+    chosen: bytes
+    next_bucket: int
+    next_cursor: bytes
+
+
+# ---------------------------------------------------------------- sink -> storage
+
+
+class Scan(_Message):
+    """Rows that may sink: of `table` in `bucket`, from `cursor` on.
+
+    Eligible is the newest version of an item when its timestamp < `event_before` (table's unit) and it was
+    written < `written_before` (microseconds). All eligible rows of one timeline come in one answer.
+    """
+
+    bucket: int
+    table: bytes
+    event_before: int
+    written_before: int
+    cursor: bytes
+    limit_bytes: int
+
+
+class Scanned(_Message):
+    """Answer to `Scan`. Requests are timelines here: `counts[i]` eligible rows of `timelines[i]`, oldest first.
+
+    `links`: encoded `Link`s of this table that the replica has applied. `system_version`: to be named in
+    `if_version` when links are written. `scanned_bucket`: answers may skip empty buckets; it is the bucket that the
+    rows are of, `next_bucket`/`next_cursor` say where to go on (-1: the replica has no further bucket).
+    """
+
+    scanned_bucket: int
+    timelines: list[bytes]
+    timeline_versions: bytes
+    wiped: bytes
+    counts: bytes
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    versions: bytes
+    written: bytes
+    links: list[bytes]
+    system_version: int
+    horizon: int
+    next_bucket: int
+    next_cursor: bytes
+
+
+# ---------------------------------------------------------------- cold nodes
+
+
+class BlockRead(_Message):
+    """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C)."""
+
+    file: str
+    offset: int
+    length: int
+    crc: int
+
+
+class BlockBytes(_Message):
+    data: bytes
+
+
+class FileWrite(_Message):
+    """A piece of a new file at `offset`. The last piece makes it durable under its name, if `crc` agrees."""
+
+    file: str
+    disk: int
+    offset: int
+    data: bytes
+    last: bool
+    crc: int  # CRC32C of the whole file, as the writer computed it
+
+
+class FileWritten(_Message):
+    """`crc`: CRC32C of the whole file as re-read from the disk (0 before the last piece)."""
+
+    size: int
+    crc: int
+
+
+class FileList(_Message):
+    """Ask for the files of a cold node whose names come after `cursor`."""
+
+    cursor: str
+
+
+class Files(_Message):
+    """Names, sizes (int64), ages in seconds (int64); `more` tells that the list goes on."""
+
+    names: list[str]
+    sizes: bytes
+    ages_s: bytes
+    more: bool
+
+
+class FileRemove(_Message):
+    """Remove files. Answered by `Pong`; a file that is not there is no error."""
+
+    files: list[str]
+
+
+Message = (
+    Failure
+    | Ping
+    | Pong
+    | StatusRequest
+    | Status
+    | Write
+    | Written
+    | ReadPages
+    | Pages
+    | ReadItems
+    | FoundItems
+    | Check
+    | Checked
+    | AskVersions
+    | Versions
+    | Settle
+    | Settled
+    | PeerBatch
+    | AskChosen
+    | ChosenList
+    | Scan
+    | Scanned
+    | BlockRead
+    | BlockBytes
+    | FileWrite
+    | FileWritten
+    | FileList
+    | Files
+    | FileRemove
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """Frame of a message. Raises TooLarge above the frame limit."""
+    frame = _encoder.encode(message)
+    if len(frame) > MAX_FRAME_BYTES:
+        raise errors.TooLarge(
+            f"a {type(message).__name__} message of {len(frame)} bytes exceeds the frame limit of {MAX_FRAME_BYTES} bytes",
+            limit=MAX_FRAME_BYTES,
+        )
+    return frame
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """Message of a frame. Raises ProtocolError if it is none."""
+    try:
+        return _decoder.decode(frame)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"malformed frame of {len(frame)} bytes: {error}") from None
+
+
+def failure(error: BaseException) -> Failure:
+    """Message that carries an error to the caller; unforeseen errors become `Unavailable` with their text."""
+    if isinstance(error, TimeTierError):
+        plain = {k: v for k, v in error.fields.items() if v is None or isinstance(v, (int, float, str))}
+        return Failure(type(error).__name__, error.message, plain)
+    return Failure("Unavailable", f"internal error: {type(error).__name__}: {error}")
+
+
+def raise_failure(reply: Message) -> None:
+    """Raise the error that a `Failure` carries; do nothing for any other message."""
+    if isinstance(reply, Failure):
+        kind = getattr(errors, reply.kind, errors.Unavailable)
+        if not (isinstance(kind, type) and issubclass(kind, TimeTierError)):
+            kind = errors.Unavailable
+        raise kind(reply.message, **reply.fields)
