@@ -64,7 +64,8 @@ def unpack_i64(column: bytes) -> list[int]:
     """int64 column as a list. Raises ProtocolError when the length is off."""
     if len(column) % 8:
         raise ProtocolError(f"an int64 column of {len(column)} bytes")
-    return np.frombuffer(column, dtype="<i8").tolist()
+    values: list[int] = np.frombuffer(column, dtype="<i8").tolist()
+    return values
 
 
 def pack_u32(values: Iterable[int]) -> bytes:
@@ -76,7 +77,8 @@ def unpack_u32(column: bytes) -> list[int]:
     """uint32 column as a list. Raises ProtocolError when the length is off."""
     if len(column) % 4:
         raise ProtocolError(f"a uint32 column of {len(column)} bytes")
-    return np.frombuffer(column, dtype="<u4").tolist()
+    values: list[int] = np.frombuffer(column, dtype="<u4").tolist()
+    return values
 
 
 class _Message(msgspec.Struct, array_like=True, tag=True):
@@ -559,7 +561,7 @@ def encode(message: Message) -> bytes:
     frame = _encoder.encode(message)
     if len(frame) > MAX_FRAME_BYTES:
         raise errors.TooLarge(
-            f"a {type(message).__name__} message of {len(frame)} bytes exceeds the frame limit of {MAX_FRAME_BYTES} bytes",
+            f"a {type(message).__name__} message of {len(frame)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}",
             limit=MAX_FRAME_BYTES,
         )
     return frame
