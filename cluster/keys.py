@@ -37,6 +37,7 @@ _SIGN = 1 << 63
 _BUCKET = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 _END = b"\x00\x01"
+_MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + len(_END)
 _PRIORITY_SEED = 0x7133  # apart from the bucket's hash, so that priority is even within every bucket
 
 PERMUTATIONS: dict[int, list[tuple[int, ...]]] = {n: list(itertools.permutations(range(n))) for n in (1, 3, 5)}
@@ -96,7 +97,7 @@ def split_timeline(timeline: bytes) -> tuple[int, bytes, bytes]:
 def is_placed_right(timeline: bytes, buckets: int) -> bool:
     """Whether the bucket that a timeline key names is the one that its hash gives."""
     bucket, table, owner = split_timeline(timeline)
-    return bucket < buckets and (not table or timeline_hash(table, owner) & (buckets - 1) == bucket)
+    return bucket < buckets and (is_system(timeline) or timeline_hash(table, owner) & (buckets - 1) == bucket)
 
 
 def priority(timeline: bytes, replicas: int) -> tuple[int, ...]:
@@ -123,7 +124,7 @@ def split_item_key(key: bytes) -> tuple[int, bytes]:
 def timestamp_floor(timestamp: int) -> bytes:
     """The least byte string that no item key of an earlier instant reaches: a bound for ranges."""
     if timestamp > MAX_TIMESTAMP:
-        return b"\xff" * 9
+        return b"\xff" * (_MAX_ITEM_KEY_BYTES + 1)
     return _U64.pack(max(timestamp, MIN_TIMESTAMP) + _SIGN)
 
 
@@ -144,7 +145,7 @@ def decode_token(token: str) -> bytes:
         key = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         key = b""
-    if len(key) < 10 or key[-2:] != _END:
+    if not 10 <= len(key) <= _MAX_ITEM_KEY_BYTES or key[-2:] != _END:
         raise InvalidRequest(f"before={token!r} is no page token: pass the `next` of a page, or a timestamp")
     return key
 
@@ -152,7 +153,7 @@ def decode_token(token: str) -> bytes:
 def owner_bytes(owner: str | bytes) -> bytes:
     """Owner as bytes (str as UTF-8). Raises InvalidRequest or TooLarge."""
     if isinstance(owner, str):
-        owner = owner.encode()
+        owner = _utf8(owner, "owner")
     elif not isinstance(owner, bytes):
         raise InvalidRequest(f"owner={owner!r} is a {type(owner).__name__}: pass str or bytes")
     if not owner:
@@ -162,10 +163,17 @@ def owner_bytes(owner: str | bytes) -> bytes:
     return owner
 
 
+def _utf8(text: str, name: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name}={text!r} is no text that UTF-8 can hold: pass bytes") from None
+
+
 def check_id(item_id: bytes | str) -> bytes:
     """Item id as bytes (str as UTF-8). Raises InvalidRequest or TooLarge."""
     if isinstance(item_id, str):
-        item_id = item_id.encode()
+        item_id = _utf8(item_id, "id")
     elif not isinstance(item_id, bytes):
         raise InvalidRequest(f"id={item_id!r} is a {type(item_id).__name__}: pass bytes or str")
     if len(item_id) > MAX_ID_BYTES:
@@ -177,7 +185,7 @@ def check_timestamp(timestamp: int) -> int:
     """Timestamp as int64. Raises InvalidRequest."""
     try:
         timestamp = timestamp.__index__()
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise InvalidRequest(f"timestamp={timestamp!r} is a {type(timestamp).__name__}: pass an int") from None
     if not MIN_TIMESTAMP <= timestamp <= MAX_TIMESTAMP:
         raise InvalidRequest(f"timestamp={timestamp} does not fit in 64 bits")

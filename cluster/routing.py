@@ -1,0 +1,170 @@
+"""Routing: from a timeline to the nodes that serve it, in the order in which to ask them (*pure*).
+
+`timeline -> bucket -> group -> nodes`. The timeline key names its bucket; the static map gives the group, by one
+array index; within a group, an order that depends on the timeline spreads the load evenly. The storage, memory
+and cold tiers use one map, with their own numbers of groups; a cache group serves the storage group of its number.
+
+A `Routing` belongs to one epoch of the topology and never changes; a changed topology gets another one, which costs
+milliseconds. All of it is local: no request ever asks the Router where to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .cold.link import cold_order
+from .errors import InvalidRequest
+from .keys import PERMUTATIONS, bucket_of, buckets_of, priority
+from .static_map import StaticMap
+from .topology import TablePolicy, Topology
+
+_CACHE_SEED = 0xCAC4E  # apart from the hashes that give bucket and priority
+_CACHE_SLOTS = 1 << 14
+_SCALAR_BATCH = 8  # batches up to this size are faster one by one than through arrays
+
+
+class Routing:
+    """Where the timelines and blocks of one topology live."""
+
+    def __init__(self, topology: Topology, *, static_map: StaticMap | None = None) -> None:
+        """`static_map`: the cluster's own copy; without it, the one that its number of buckets gives.
+
+        Raises InvalidRequest when the topology's numbers can't be routed, Corrupt when the package's map is damaged.
+        """
+        for name in ("storage_replicas", "cold_replicas"):
+            if getattr(topology, name) not in PERMUTATIONS:
+                known = ", ".join(map(str, PERMUTATIONS))
+                raise InvalidRequest(f"{name}={getattr(topology, name)}: pass one of {known}")
+        if topology.cache_nodes < 0:
+            raise InvalidRequest(f"cache_nodes={topology.cache_nodes}: pass 0 or more")
+        static_map = StaticMap.load(topology.buckets) if static_map is None else static_map
+        if static_map.buckets != topology.buckets:
+            raise InvalidRequest(f"a static map of {static_map.buckets} buckets for a cluster of {topology.buckets}")
+        self.topology = topology
+        self._storage_owners = static_map.owners(topology.storage_groups)
+        self._cold_owners = static_map.owners(topology.cold_groups)
+        self._storage_view = self._storage_owners.data  # one element costs less than from the array
+        self._cold_view = self._cold_owners.data
+        self._storage_names = [
+            [topology.storage_node(group, replica) for replica in range(topology.storage_replicas)]
+            for group in range(topology.storage_groups)
+        ]
+        self._cache_names = [
+            [topology.cache_node(group, number) for number in range(topology.cache_nodes)]
+            for group in range(topology.storage_groups)
+        ]
+
+    # ------------------------------------------------------------ buckets and groups
+
+    def storage_group_of(self, bucket: int) -> int:
+        """Storage group (and cache group) that owns a bucket. Raises InvalidRequest."""
+        return self._storage_view[self._checked(bucket)]
+
+    def cold_group_of(self, bucket: int) -> int:
+        """Cold group that owns a bucket. Raises InvalidRequest."""
+        return self._cold_view[self._checked(bucket)]
+
+    def storage_groups(self, timelines: Sequence[bytes]) -> list[int]:
+        """Storage group (and cache group) of each timeline key. Raises InvalidRequest if one names no bucket."""
+        if len(timelines) <= _SCALAR_BATCH:
+            return [self.storage_group_of(_bucket(timeline)) for timeline in timelines]
+        try:
+            buckets = buckets_of(timelines)
+            if len(buckets) == len(timelines):
+                groups: list[int] = self._storage_owners[buckets].tolist()
+                return groups
+        except (IndexError, ValueError):
+            pass  # one of them is wrong: the slow way finds out which
+        return [self.storage_group_of(_bucket(timeline)) for timeline in timelines]
+
+    def buckets_of_storage_group(self, group: int) -> npt.NDArray[np.uint32]:
+        """Buckets that a storage group owns: increasing, uint32[n]. Raises InvalidRequest."""
+        return _owned(self._storage_owners, group, self.topology.storage_groups, "storage")
+
+    def buckets_of_cold_group(self, group: int) -> npt.NDArray[np.uint32]:
+        """Buckets that a cold group owns: increasing, uint32[n]. Raises InvalidRequest."""
+        return _owned(self._cold_owners, group, self.topology.cold_groups, "cold")
+
+    # ------------------------------------------------------------ nodes
+
+    def storage_nodes(self, group: int) -> list[str]:
+        """Names of the replicas of a storage group, by replica number. Raises InvalidRequest."""
+        if not 0 <= group < self.topology.storage_groups:
+            raise _no_group(group, self.topology.storage_groups, "storage")
+        return list(self._storage_names[group])
+
+    def storage_order(self, timeline: bytes) -> list[str]:
+        """Names of the replicas of a timeline's storage group, in the order of priority.
+
+        Each order is equally frequent, so a dead replica's load falls evenly on the others. Raises InvalidRequest.
+        """
+        names = self._storage_names[self.storage_group_of(_bucket(timeline))]
+        return [names[replica] for replica in priority(timeline, len(names))]
+
+    def cache_order(self, timeline: bytes) -> list[str]:
+        """Names of the cache nodes of a timeline's group, in the order in which to ask them.
+
+        Each node is first for an equal share of the timelines. A node that is added or removed changes the order
+        of no two others: only the timelines that it is first for change their node. Raises InvalidRequest.
+        """
+        names = self._cache_names[self.storage_group_of(_bucket(timeline))]
+        if len(names) <= 1:
+            return list(names)
+        slot = xxhash.xxh3_64_intdigest(timeline, seed=_CACHE_SEED) % _CACHE_SLOTS
+        return [names[number] for number in _rendezvous(slot, len(names))]
+
+    def cold_order(self, bucket: int, window_start: int) -> list[str]:
+        """Names of the cold nodes that hold a block of this bucket and window, in the order of priority.
+
+        Raises InvalidRequest.
+        """
+        group = self.cold_group_of(bucket)
+        order = cold_order(bucket, window_start, self.topology.cold_replicas)
+        return [self.topology.cold_node(group, replica) for replica in order]
+
+    # ------------------------------------------------------------ tables
+
+    def policy(self, table: str) -> TablePolicy:
+        """Policy of a table. Raises InvalidRequest, which lists the tables that there are."""
+        policy = self.topology.policy(table)
+        if policy is None:
+            known = ", ".join(sorted(self.topology.tables)) or "none"
+            raise InvalidRequest(f"table={table!r} is not configured; known tables: {known}")
+        return policy
+
+    def _checked(self, bucket: int) -> int:
+        if not 0 <= bucket < self.topology.buckets:
+            raise InvalidRequest(f"bucket={bucket}: this cluster has buckets 0 to {self.topology.buckets - 1}")
+        return bucket
+
+
+def _bucket(timeline: bytes) -> int:
+    if len(timeline) < 4:
+        raise InvalidRequest(f"{timeline!r} is no timeline key")
+    return bucket_of(timeline)
+
+
+def _owned(owners: npt.NDArray[np.uint16], group: int, groups: int, tier: str) -> npt.NDArray[np.uint32]:
+    if not 0 <= group < groups:
+        raise _no_group(group, groups, tier)
+    return np.flatnonzero(owners == group).astype(np.uint32)
+
+
+def _no_group(group: int, groups: int, tier: str) -> InvalidRequest:
+    return InvalidRequest(f"group={group}: this cluster has {tier} groups 0 to {groups - 1}")
+
+
+@lru_cache(maxsize=1 << 15)
+def _rendezvous(slot: int, nodes: int) -> tuple[int, ...]:
+    """Numbers of `nodes` nodes by falling weight for a slot (Thaler and Ravishankar 1998, highest random weight).
+
+    A weight depends on slot and number only. Slots stand for the many timelines that share one, so that the orders
+    of all of them are few enough to be kept.
+    """
+    weights = [(xxhash.xxh3_64_intdigest(slot.to_bytes(8, "little"), seed=n + 1), n) for n in range(nodes)]
+    return tuple(n for _, n in sorted(weights, reverse=True))
