@@ -520,6 +520,39 @@ class FileRemove(_Message):
     files: list[str]
 
 
+class FileInfo(_Message):
+    """Ask what a cold file holds, as its own footer says."""
+
+    file: str
+
+
+class FileFacts(_Message):
+    """Answer to `FileInfo`. `table`: whose rows they are; `buckets`: uint32, increasing; `blocks`: how many."""
+
+    size: int
+    disk: int
+    table: bytes
+    buckets: bytes
+    blocks: int
+
+
+class FileRead(_Message):
+    """Read a piece of a file as it is, to copy the file as a whole."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class FilePiece(_Message):
+    """Answer to `FileRead`. `size`: of the whole file, `disk`: the ordinal of its disk, `crc`: of `data`."""
+
+    size: int
+    disk: int
+    crc: int
+    data: bytes
+
+
 Message = (
     Failure
     | Ping
@@ -550,6 +583,10 @@ Message = (
     | FileList
     | Files
     | FileRemove
+    | FileInfo
+    | FileFacts
+    | FileRead
+    | FilePiece
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -576,11 +613,15 @@ def decode(frame: bytes | memoryview) -> Message:
 
 
 def failure(error: BaseException) -> Failure:
-    """Message that carries an error to the caller; unforeseen errors become `Unavailable` with their text."""
+    """Message that carries an error to the caller.
+
+    Unforeseen errors become `Unavailable` with their text and the field `internal`: nobody knows how far the
+    request had come, so a write that ends so may have been applied.
+    """
     if isinstance(error, TimeTierError):
         plain = {k: v for k, v in error.fields.items() if v is None or isinstance(v, (int, float, str))}
         return Failure(type(error).__name__, error.message, plain)
-    return Failure("Unavailable", f"internal error: {type(error).__name__}: {error}")
+    return Failure("Unavailable", f"internal error: {type(error).__name__}: {error}", {"internal": 1})
 
 
 def raise_failure(reply: Message) -> None:

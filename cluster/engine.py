@@ -1,0 +1,155 @@
+"""The storage engine under a replica: ordered rows, atomic batches, durability on demand.
+
+`Engine` is what the consensus core asks for; `RocksEngine` gives it by RocksDB. Writes gather in a pending batch,
+numbered by `sequence`. A batch is handed to RocksDB before any read and at the end of each step (`commit`), and is
+durable once `sync` has flushed the write-ahead log up to it. So a step costs one WriteBatch and one fsync, and the
+core knows by the number when an answer that depends on a write may leave.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DBCompressionType,
+    DBRecoveryMode,
+    Options,
+    Rdict,
+    ReadOptions,
+    WriteBatch,
+    WriteOptions,
+)
+
+from .errors import Corrupt, Unavailable
+
+
+class EngineFailed(Unavailable):
+    """The disk refused a write or a flush: what this process believes to be stored may not be."""
+
+
+class Engine(Protocol):
+    """Ordered key-value rows. One thread calls all methods but `sync`."""
+
+    sequence: int
+    """Number of the batch that pending writes belong to; grows by one with each `commit` of a non-empty batch."""
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Add a write to the pending batch."""
+
+    def delete(self, key: bytes) -> None:
+        """Add a deletion to the pending batch."""
+
+    def commit(self) -> int:
+        """Hand the pending batch over, all or nothing. Number of the last batch handed over; not yet durable."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """Value of one row. Commits what is pending first."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values of many rows. Commits what is pending first."""
+
+    def scan(self, low: bytes, high: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """Rows with low <= key < high, as of this moment. Commits what is pending first."""
+
+
+class RocksEngine:
+    """RocksDB in one folder.
+
+    Raises Corrupt when the folder's files are damaged anywhere but in the torn tail of the log: RocksDB's default
+    recovery would silently drop records that were acknowledged. Raises Unavailable when the disk refuses a write.
+    """
+
+    def __init__(self, folder: Path, *, create: bool, cache_mb: int, write_buffer_mb: int) -> None:
+        if not create and not (folder / "CURRENT").exists():
+            raise Corrupt(f"{folder} holds no database, but this replica has been formatted before")
+        options = Options(raw_mode=True)
+        options.create_if_missing(create)
+        options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+        options.set_paranoid_checks(True)
+        options.set_write_buffer_size(write_buffer_mb << 20)
+        options.set_max_write_buffer_number(3)
+        options.set_max_total_wal_size(4 * (write_buffer_mb << 20))
+        options.set_compression_type(DBCompressionType.lz4())
+        options.set_max_background_jobs(2)
+        options.set_keep_log_file_num(2)
+        options.set_max_open_files(512)
+        table = BlockBasedOptions()
+        table.set_block_cache(Cache(cache_mb << 20))
+        table.set_block_size(8 << 10)
+        table.set_cache_index_and_filter_blocks(True)
+        table.set_bloom_filter(10, False)
+        options.set_block_based_table_factory(table)
+        try:
+            self._db = Rdict(str(folder), options, access_type=AccessType.read_write())
+        except Exception as error:  # rocksdict raises plain Exception
+            raise Corrupt(f"the database in {folder} can't be opened: {error}") from None
+        self._unsynced = WriteOptions()
+        self._unsynced.sync = False
+        self._batch = WriteBatch(raw_mode=True)
+        self.sequence = 1
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self._batch.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        self._batch.delete(key)
+
+    def commit(self) -> int:
+        if not self._batch.is_empty():
+            try:
+                self._db.write(self._batch, self._unsynced)
+            except Exception as error:
+                raise EngineFailed(f"the engine refused a write: {error}") from None
+            self._batch = WriteBatch(raw_mode=True)
+            self.sequence += 1
+        return self.sequence - 1
+
+    def sync(self) -> None:
+        """Make all committed batches durable. Blocks for one fsync without holding the GIL: call it in a thread."""
+        try:
+            self._db.flush_wal(True)
+        except Exception as error:
+            raise EngineFailed(f"the engine could not flush its log: {error}") from None
+
+    def get(self, key: bytes) -> bytes | None:
+        self.commit()
+        value: bytes | None = self._db.get(key)
+        return value
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        self.commit()
+        if not keys:
+            return []
+        return cast(list[bytes | None], self._db.get(list(keys)))
+
+    def scan(self, low: bytes, high: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        self.commit()
+        bounds = ReadOptions()
+        bounds.set_iterate_upper_bound(high)
+        if not reverse:
+            return cast(Iterator[tuple[bytes, bytes]], self._db.items(from_key=low, read_opt=bounds))
+        # rocksdict 0.3.29 takes a lower bound for an upper one, so the way down ends here instead of in RocksDB.
+        down = cast(Iterator[tuple[bytes, bytes]], self._db.items(backwards=True, read_opt=bounds))
+        return itertools.takewhile(lambda row: row[0] >= low, down)
+
+    def size_bytes(self) -> int:
+        """Bytes of live rows on disk and in write buffers, as RocksDB estimates them."""
+        names = ("rocksdb.total-sst-files-size", "rocksdb.cur-size-all-mem-tables")
+        return sum(self._db.property_int_value(name) or 0 for name in names)
+
+    def abandon(self) -> None:
+        """Close without writing what is pending; for an engine that has failed."""
+        self._batch = WriteBatch(raw_mode=True)
+        self._db.close()
+
+    def close(self) -> None:
+        """Flush and close; the folder's lock is free afterwards."""
+        self.commit()
+        self._db.flush_wal(True)
+        self._db.close()

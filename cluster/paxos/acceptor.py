@@ -1,0 +1,208 @@
+"""The acceptor: promises, acceptances, and what makes an entry chosen here.
+
+Rules (DESIGN section 3; Lamport, "Paxos Made Simple", 2001, with per-entry instances and round-0 fast accept):
+
+* Only entry chosen+1 can be open. Who asks for an older one is behind and is sent what it misses; for a later one,
+  this replica is behind, holds the message and fetches.
+* Nothing is answered before its record is durable: answers carry the number of the engine batch.
+* Round 0 of entry e belongs to one life: the origin of chosen entry e-1, for e = 1 the replica of first priority in
+  its first incarnation. The claim is checked against this replica's own entry e-1.
+* A peer's word that an entry is chosen counts only at the very ballot at which this replica accepted it.
+"""
+
+from __future__ import annotations
+
+from ..keys import is_system, priority
+from ..messages import (
+    NO_BALLOT,
+    WIPE,
+    Accept,
+    Accepted,
+    Ballot,
+    Chosen,
+    Entries,
+    Fetch,
+    Nack,
+    Prepare,
+    Promise,
+    Value,
+)
+from .core import Core, Timeline
+from .rows import chore_key, decode_record, decode_row, encode_record, encode_row, log_key, row_key
+
+FIRST_INCARNATION = 1
+
+
+class Acceptor:
+    """Acceptor of all timelines of one replica."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+
+    # ---- messages
+
+    def on_prepare(self, timeline: Timeline, sender: int, message: Prepare, now: float) -> None:
+        """Promise, refuse, or see to it that whoever is behind catches up."""
+        if not self._is_next(timeline, sender, message, now):
+            return
+        against = max(timeline.promised, timeline.accepted)
+        if message.ballot < against:
+            self.core.send(sender, Nack(timeline.key, message.entry, message.ballot, against), timeline.dirty)
+            return
+        if message.ballot > timeline.promised:
+            self.promise(timeline, message.ballot)
+        answer = Promise(timeline.key, message.entry, message.ballot, timeline.accepted, self.accepted_value(timeline))
+        self.core.send(sender, answer, timeline.dirty)
+
+    def on_accept(self, timeline: Timeline, sender: int, message: Accept, now: float) -> None:
+        """Accept, refuse, or see to it that whoever is behind catches up."""
+        if message.entry == timeline.chosen + 2 and timeline.accepted == message.before != NO_BALLOT:
+            self.choose(timeline)
+        if not self._is_next(timeline, sender, message, now):
+            return
+        ballot = message.ballot
+        if ballot < max(timeline.promised, timeline.accepted) or not self._claim_holds(timeline, message):
+            against = max(timeline.promised, timeline.accepted)
+            self.core.send(sender, Nack(timeline.key, message.entry, ballot, against), timeline.dirty)
+            return
+        if ballot != timeline.accepted:
+            self.accept(timeline, ballot, message.value)
+        self.core.send(sender, Accepted(timeline.key, message.entry, ballot), timeline.dirty)
+
+    def on_chosen(self, timeline: Timeline, sender: int, message: Chosen, now: float) -> None:
+        """Apply the open entry if it was accepted at that very ballot, else fetch what was chosen."""
+        if message.entry == timeline.chosen + 1 and timeline.accepted == message.ballot:
+            self.choose(timeline)
+        elif message.entry > timeline.chosen:
+            self.fetch(timeline, sender, now)
+
+    # ---- what on_* decide by
+
+    def _is_next(self, timeline: Timeline, sender: int, message: Prepare | Accept, now: float) -> bool:
+        if message.entry == timeline.chosen + 1:
+            return True
+        if message.entry <= timeline.chosen:
+            self.send_entries(timeline, sender, message.entry)
+        else:
+            timeline.held = (sender, message)
+            self.fetch(timeline, sender, now)
+        return False
+
+    def _claim_holds(self, timeline: Timeline, message: Accept) -> bool:
+        """Whether a round-0 ballot is used by the one life that has the right to it."""
+        number, life = message.ballot
+        if number > 0:
+            return True
+        if message.value.origin != life:
+            return False
+        if message.entry == 1:
+            first = priority(timeline.key, self.core.replicas)[0]
+            return life[0] == first and life[1] == FIRST_INCARNATION
+        return timeline.origin == life
+
+    # ---- state changes
+
+    def promise(self, timeline: Timeline, ballot: Ballot) -> int:
+        """Durably promise not to accept below `ballot`. Returns the engine batch to wait for."""
+        timeline.promised = ballot
+        batch = self.core.touch(timeline)
+        self.core.mark(timeline)
+        return batch
+
+    def accept(self, timeline: Timeline, ballot: Ballot, value: Value) -> int:
+        """Write `value` as the accepted one of entry chosen+1. Returns the engine batch to wait for."""
+        entry = timeline.chosen + 1
+        self._write_entry(timeline, entry, ballot, value)
+        timeline.accepted = ballot
+        timeline.value = value
+        return timeline.dirty
+
+    def install(self, timeline: Timeline, ballot: Ballot, value: Value) -> None:
+        """Write an entry that a peer knows to be chosen, and apply it."""
+        self._write_entry(timeline, timeline.chosen + 1, ballot, value)
+        timeline.accepted = ballot
+        self.choose(timeline)
+
+    def _write_entry(self, timeline: Timeline, entry: int, ballot: Ballot, value: Value) -> None:
+        """One log record and one row an item, in the pending batch; rows of a replaced value go with it."""
+        engine, key = self.core.engine, timeline.key
+        if timeline.record is not None and timeline.record.keys:
+            kept = set(value.keys)
+            for old in timeline.record.keys:
+                if old and old not in kept:
+                    engine.delete(row_key(key, old, entry))
+        record = encode_record(ballot, value)
+        engine.put(log_key(key, entry), record)
+        for kind, item, content in zip(value.kinds, value.keys, value.values, strict=True):
+            if kind != WIPE:
+                engine.put(row_key(key, item, entry), encode_row(value.written, kind, content))
+        if is_system(key) or WIPE in value.kinds:
+            engine.put(chore_key(key, entry), b"")
+        timeline.record = decode_record(record)
+        self.core.touch(timeline)
+
+    def choose(self, timeline: Timeline) -> None:
+        """Apply the open entry: it is known to be chosen."""
+        record = timeline.record
+        assert record is not None, "only an accepted entry can be applied"
+        timeline.chosen += 1
+        timeline.ballot, timeline.origin = timeline.accepted, record.origin
+        timeline.accepted = timeline.promised = NO_BALLOT
+        timeline.record = timeline.value = None
+        if WIPE in record.kinds:
+            timeline.wiped = timeline.chosen - 1
+        self.core.unmarked[timeline.key] = timeline
+        self.core.remember_ids(timeline, timeline.chosen, record.request_ids)
+        self.core.counters.add("entries_chosen")
+        if WIPE in record.kinds or is_system(timeline.key):
+            self.core.chores_due.append((timeline.key, timeline.chosen))
+        self.core.on_chosen(timeline, timeline.chosen, record.request_ids)
+
+    # ---- values and catching up by log
+
+    def accepted_value(self, timeline: Timeline) -> Value | None:
+        """The value accepted for the open entry, put together from its record and rows."""
+        if timeline.record is None:
+            return None
+        if timeline.value is None:
+            timeline.value = self.read_value(timeline, timeline.chosen + 1)
+        return timeline.value
+
+    def read_value(self, timeline: Timeline, entry: int) -> Value:
+        """Value of a log entry above the floor."""
+        encoded = self.core.engine.get(log_key(timeline.key, entry))
+        assert encoded is not None, f"entry {entry} above the floor {timeline.floor} has no record"
+        record = decode_record(encoded)
+        rows = self.core.engine.get_many([row_key(timeline.key, item, entry) for item in record.keys if item])
+        contents = iter(rows)
+        values = []
+        for item in record.keys:
+            row = next(contents) if item else None
+            assert not item or row is not None, f"a row of entry {entry} above the floor {timeline.floor} is gone"
+            values.append(decode_row(row)[2] if row is not None else b"")
+        return Value(record.origin, record.written, record.request_ids, record.kinds, record.keys, values)
+
+    def fetch(self, timeline: Timeline, peer: int, now: float) -> None:
+        """Ask a peer for what was chosen after our last entry; one question at a time."""
+        if now < timeline.asked_until:
+            return
+        timeline.asked_until = now + self.core.settings.fetch_timeout_s
+        self.core.counters.add("fetches")
+        self.core.send(peer, Fetch(timeline.key, timeline.chosen + 1))
+
+    def send_entries(self, timeline: Timeline, peer: int, first: int) -> None:
+        """Send chosen entries from `first` on, as many as one message bears; below the floor there are none."""
+        if first <= timeline.floor:
+            # A Fetch from the peer leads to a state transfer; this tells it that it is behind.
+            self.core.send(peer, Entries(timeline.key, first, [], NO_BALLOT, timeline.chosen), timeline.dirty)
+            return
+        values: list[Value] = []
+        size = 0
+        last = first - 1
+        while last < timeline.chosen and len(values) < 256 and size < self.core.settings.transfer_bytes:
+            last += 1
+            value = self.read_value(timeline, last)
+            size += sum(map(len, value.values)) + 32 * len(value.keys) + 64
+            values.append(value)
+        ballot = timeline.ballot if last == timeline.chosen else NO_BALLOT
+        self.core.send(peer, Entries(timeline.key, first, values, ballot, timeline.chosen), timeline.dirty)

@@ -1,0 +1,218 @@
+"""Catching up: by log entries while the sender still has them, by the timeline's whole state after that.
+
+A state transfer comes in pieces and replaces what the receiver has, in one write. Rows that the sender has evicted
+are found only through cold links, so a state is installed only after the receiver has applied the bucket's system
+timeline as far as the sender had; else there would be a moment with neither row nor link.
+"""
+
+from __future__ import annotations
+
+from ..keys import bucket_of, is_system, system_timeline
+from ..messages import NO_BALLOT, Accept, Entries, Fetch, Prepare, State
+from .acceptor import Acceptor
+from .core import MAX_ENTRY, Core, Incoming, Timeline
+from .rows import (
+    chore_key,
+    decode_record,
+    ids_record,
+    log_entry,
+    log_key,
+    prefix_end,
+    rows_prefix,
+    version_of,
+)
+
+
+class CatchUp:
+    """Both ends of catching up, for all timelines of one replica."""
+
+    def __init__(self, core: Core, acceptor: Acceptor) -> None:
+        self.core = core
+        self.acceptor = acceptor
+        self._incoming_bytes = 0
+        self._waiting: dict[int, set[bytes]] = {}  # bucket -> timelines whose state waits for its system timeline
+
+    # ---- the end that has
+
+    def on_fetch(self, timeline: Timeline, sender: int, message: Fetch) -> None:
+        """Answer with entries, or with a piece of state when the log does not reach back far enough."""
+        if message.first <= timeline.floor and message.first <= timeline.chosen:
+            self._send_state(timeline, sender, message)
+        else:
+            self.acceptor.send_entries(timeline, sender, max(message.first, timeline.floor + 1))
+
+    def _send_state(self, timeline: Timeline, sender: int, message: Fetch) -> None:
+        key = timeline.key
+        version = message.state_version if message.cursor else timeline.chosen
+        prefix = rows_prefix(key)
+        names: list[bytes] = []
+        rows: list[bytes] = []
+        size = 0
+        following = b""
+        for name, row in self.core.engine.scan(prefix + message.cursor, prefix_end(prefix)):
+            if size >= self.core.settings.transfer_bytes:
+                following = name[len(prefix) :]
+                break
+            if timeline.wiped < version_of(name) <= version:
+                names.append(name[len(prefix) :])
+                rows.append(row)
+                size += len(name) + len(row)
+        needs = 0 if is_system(key) else self.core.timeline(system_timeline(bucket_of(key))).chosen
+        ids = [] if following else self._recent_ids(timeline, version)
+        exact = version == timeline.chosen
+        self.core.counters.add("state_pieces_sent")
+        self.core.send(
+            sender,
+            State(
+                key,
+                version,
+                timeline.ballot if exact else NO_BALLOT,
+                timeline.origin if exact else self._origin_at(timeline, version),
+                min(timeline.wiped, version),
+                needs,
+                ids,
+                message.cursor,
+                following,
+                names,
+                rows,
+            ),
+            timeline.dirty,
+        )
+
+    def _recent_ids(self, timeline: Timeline, version: int) -> list[tuple[int, list[bytes]]]:
+        low = max(timeline.log_low, version - self.core.settings.request_id_entries + 1, 1)
+        records = self.core.engine.scan(log_key(timeline.key, low), log_key(timeline.key, version + 1))
+        return [(log_entry(name), decode_record(row).request_ids) for name, row in records]
+
+    def _origin_at(self, timeline: Timeline, version: int) -> tuple[int, int, int]:
+        row = self.core.engine.get(log_key(timeline.key, version))
+        return decode_record(row).origin if row is not None else (-1, 0, 0)
+
+    # ---- the end that lacks
+
+    def on_entries(self, timeline: Timeline, sender: int, message: Entries, now: float) -> None:
+        """Apply the entries that come next, and ask on if there is more."""
+        timeline.asked_until = 0.0
+        for offset, value in enumerate(message.values):
+            entry = message.first + offset
+            if entry == timeline.chosen + 1:
+                last = offset == len(message.values) - 1
+                self.acceptor.install(timeline, message.ballot if last else NO_BALLOT, value)
+                self.core.counters.add("entries_fetched")
+        if message.chosen > timeline.chosen:
+            self.acceptor.fetch(timeline, sender, now)
+        self._release(timeline, now)
+
+    def on_state(self, timeline: Timeline, sender: int, message: State, now: float) -> None:
+        """Gather the pieces; install them when complete."""
+        timeline.asked_until = 0.0
+        incoming = timeline.incoming
+        if message.version <= timeline.chosen:
+            self._forget(timeline)
+            self._release(timeline, now)
+            return
+        if not message.cursor:
+            self._forget(timeline)
+            incoming = timeline.incoming = Incoming(message.version)
+        elif incoming is None or incoming.version != message.version or incoming.complete:
+            return  # a piece of a transfer that was given up
+        size = sum(map(len, message.row_keys)) + sum(map(len, message.rows)) + 100 * len(message.rows)
+        if self._incoming_bytes + size > self.core.settings.incoming_bytes:
+            self.core.counters.add("transfers_postponed")
+            self._forget(timeline)
+            return
+        incoming.rows.extend(zip(message.row_keys, message.rows, strict=True))
+        incoming.size += size
+        self._incoming_bytes += size
+        incoming.needs_system = max(incoming.needs_system, message.needs_system)
+        if message.next:
+            timeline.asked_until = now + self.core.settings.fetch_timeout_s
+            self.core.send(sender, Fetch(timeline.key, timeline.chosen + 1, message.next, message.version))
+            return
+        incoming.complete = True
+        incoming.ballot, incoming.origin, incoming.wiped = message.ballot, message.origin, message.wiped
+        incoming.request_ids = message.request_ids
+        self._install_when_possible(timeline, sender, now)
+
+    def _install_when_possible(self, timeline: Timeline, sender: int, now: float) -> None:
+        incoming = timeline.incoming
+        assert incoming is not None
+        bucket = bucket_of(timeline.key)
+        system = self.core.timeline(system_timeline(bucket))
+        if system.chosen < incoming.needs_system:
+            self._waiting.setdefault(bucket, set()).add(timeline.key)
+            self.acceptor.fetch(system, sender, now)
+            return
+        self._install(timeline, incoming)
+        self._forget(timeline)
+        self._release(timeline, now)
+
+    def _install(self, timeline: Timeline, incoming: Incoming) -> None:
+        """Replace everything that is known of the timeline, in one write."""
+        engine, key = self.core.engine, timeline.key
+        prefix = rows_prefix(key)
+        old = [name for name, _ in engine.scan(prefix, prefix_end(prefix))]
+        old += [name for name, _ in engine.scan(log_key(key, 0), log_key(key, MAX_ENTRY))]
+        for name in old:
+            engine.delete(name)
+        for name, row in incoming.rows:
+            engine.put(prefix + name, row)
+        ids = dict(incoming.request_ids)
+        ids.setdefault(incoming.version, [])
+        for entry, request_ids in ids.items():
+            last = entry == incoming.version
+            ballot = incoming.ballot if last else NO_BALLOT
+            engine.put(log_key(key, entry), ids_record(ballot, incoming.origin, request_ids))
+        if is_system(key):
+            for version in sorted({version_of(name) for name, _ in incoming.rows}):
+                engine.put(chore_key(key, version), b"")
+                self.core.chores_due.append((key, version))
+        timeline.chosen = timeline.floor = incoming.version
+        timeline.log_low = min(ids)
+        timeline.wiped = incoming.wiped
+        timeline.ballot, timeline.origin = incoming.ballot, incoming.origin
+        timeline.promised = timeline.accepted = NO_BALLOT
+        timeline.record = timeline.value = None
+        timeline.ids = None
+        timeline.id_entries.clear()
+        self.core.mark(timeline)
+        self.core.touch(timeline)
+        self.core.counters.add("states_installed")
+        for entry, request_ids in sorted(ids.items()):
+            self.core.on_chosen(timeline, entry, request_ids)
+
+    def on_system_chosen(self, system: Timeline, now: float) -> None:
+        """Install what waited for this system timeline."""
+        for key in list(self._waiting.get(bucket_of(system.key), ())):
+            timeline = self.core.timeline(key)
+            incoming = timeline.incoming
+            if incoming is None or not incoming.complete:
+                self._waiting[bucket_of(key)].discard(key)
+            elif system.chosen >= incoming.needs_system:
+                self._waiting[bucket_of(key)].discard(key)
+                self._install(timeline, incoming)
+                self._forget(timeline)
+                self._release(timeline, now)
+        if not self._waiting.get(bucket_of(system.key)):
+            self._waiting.pop(bucket_of(system.key), None)
+
+    def _forget(self, timeline: Timeline) -> None:
+        if timeline.incoming is not None:
+            self._incoming_bytes -= timeline.incoming.size
+            timeline.incoming = None
+
+    def _release(self, timeline: Timeline, now: float) -> None:
+        """Go on with a message that came while we were behind."""
+        held = timeline.held
+        if held is None:
+            return
+        sender, message = held
+        if message.entry > timeline.chosen + 1 and timeline.asked_until > now:
+            return
+        timeline.held = None
+        if message.entry > timeline.chosen + 1:
+            return  # we did not get there; the proposer repeats itself
+        if isinstance(message, Accept):
+            self.acceptor.on_accept(timeline, sender, message, now)
+        elif isinstance(message, Prepare):
+            self.acceptor.on_prepare(timeline, sender, message, now)

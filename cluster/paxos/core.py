@@ -1,0 +1,365 @@
+"""What the parts of a replica share: its identity, its engine, its outbox, and the timelines in memory.
+
+Nothing here touches a clock, a socket or a disk directly. Time comes in as an argument (`now`, monotonic seconds),
+the wall clock and randomness as injected callables, the disk as an `Engine`. What leaves is put in the outbox
+together with the number of the engine batch that must be durable first (0: at once): an answer never overtakes the
+fsync that it depends on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..counters import Counters
+from ..engine import Engine
+from ..messages import NO_BALLOT, NO_LIFE, WIPE, Accept, Ballot, Life, Message, PeerMessage, Prepare, Value
+from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
+
+MAX_ENTRY = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits and times of a replica.
+
+    `request_id_entries` (W): a write whose sender has seen a version older than the last W entries is refused with
+    the present one, so W bounds how long a retry stays safe. `log_keep_entries`: a replica or cache that is further
+    behind gets the timeline's state instead of its log; at least W. `accept_timeout_s`: after this time without a
+    majority the message is sent again; well above a round trip plus an fsync. `backoff_s`: first bound of the random
+    pause after a lost duel; doubles up to `backoff_max_s`.
+    """
+
+    timelines_in_memory: int = 200_000
+    request_id_entries: int = 128
+    log_keep_entries: int = 256
+    max_queued_requests: int = 100_000
+    max_queued_bytes: int = 256 << 20
+    accept_timeout_s: float = 0.2
+    resend_max_s: float = 1.0
+    backoff_s: float = 0.01
+    backoff_max_s: float = 0.5
+    chosen_delay_s: float = 0.003
+    mark_delay_s: float = 0.5
+    fetch_timeout_s: float = 1.0
+    entry_items: int = 10_000
+    entry_bytes: int = 8 << 20
+    transfer_bytes: int = 1 << 20
+    incoming_bytes: int = 256 << 20
+    message_bytes: int = 8 << 20
+    chore_rows: int = 500
+
+
+PREPARE, ACCEPT, BACKOFF, CATCH_UP = "prepare", "accept", "backoff", "catch-up"
+
+
+@dataclass(slots=True)
+class Waiter:
+    """One write request that waits for its entry. `sent`: an Accept with it may have left this replica."""
+
+    request_id: bytes
+    seen: int
+    if_version: int
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    size: int
+    deadline: float
+    jobs: list[tuple[Job, int]]
+    sent: bool = False
+    asked_peers: bool = False
+
+
+@dataclass(slots=True)
+class Job:
+    """A `Write` or `Settle` message on its way: answered when every request in it has an outcome."""
+
+    token: int
+    outcomes: bytearray
+    versions: list[int]
+    open: int
+    after: int = 0
+    settle: bool = False
+
+
+@dataclass(slots=True)
+class SettleWaiter:
+    entry: int
+    deadline: float
+    job: Job
+    index: int
+
+
+@dataclass(slots=True)
+class Proposal:
+    """This replica's attempt to have `entry` decided. Votes are by replica, with the incarnation that gave them."""
+
+    entry: int
+    ballot: Ballot
+    phase: str
+    due: float
+    value: Value | None = None
+    votes: dict[int, int] = field(default_factory=dict)
+    promises: dict[int, tuple[Ballot, Value | None, int]] = field(default_factory=dict)
+    attempts: int = 0
+    resends: int = 0
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A state transfer in progress: pieces of a timeline's state, installed together when complete."""
+
+    version: int
+    rows: list[tuple[bytes, bytes]] = field(default_factory=list)
+    size: int = 0
+    needs_system: int = 0
+    complete: bool = False
+    ballot: Ballot = NO_BALLOT
+    origin: Life = NO_LIFE
+    wiped: int = 0
+    request_ids: list[tuple[int, list[bytes]]] = field(default_factory=list)
+
+
+class Timeline:
+    """What a replica knows of one timeline, as acceptor and as proposer.
+
+    `chosen`, `ballot`, `origin`: the last chosen entry, the ballot at which it was chosen and who first proposed it.
+    `promised`, `accepted`, `record`, `value`: of entry chosen+1, the only one that can be open. `dirty`: number of
+    the engine batch that must be durable before others may be told of this state.
+    """
+
+    __slots__ = (
+        "accepted",
+        "asked_until",
+        "backoff_s",
+        "ballot",
+        "by_id",
+        "chosen",
+        "dirty",
+        "floor",
+        "held",
+        "id_entries",
+        "ids",
+        "incoming",
+        "key",
+        "log_low",
+        "origin",
+        "promised",
+        "proposal",
+        "record",
+        "settles",
+        "value",
+        "waiting",
+        "wiped",
+    )
+
+    def __init__(self, key: bytes, meta: Meta) -> None:
+        self.key = key
+        self.chosen = meta.chosen
+        self.floor = meta.floor
+        self.log_low = meta.log_low
+        self.wiped = meta.wiped
+        self.ballot: Ballot = NO_BALLOT
+        self.origin: Life = NO_LIFE
+        self.promised: Ballot = NO_BALLOT
+        self.accepted: Ballot = NO_BALLOT
+        self.record: Record | None = None
+        self.value: Value | None = None
+        self.dirty = 0
+        self.ids: dict[bytes, int] | None = None
+        self.id_entries: deque[tuple[int, list[bytes]]] = deque()
+        self.proposal: Proposal | None = None
+        self.waiting: dict[bytes, Waiter] = {}
+        self.settles: list[SettleWaiter] = []
+        self.backoff_s = 0.0
+        self.held: tuple[int, Prepare | Accept] | None = None
+        self.asked_until = 0.0
+        self.incoming: Incoming | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that lives only in memory."""
+        return bool(self.proposal or self.waiting or self.settles or self.held or self.incoming)
+
+    def meta(self) -> Meta:
+        entry = self.chosen + 1 if self.promised != NO_BALLOT else 0
+        return Meta(self.chosen, self.floor, self.log_low, self.wiped, entry, self.promised)
+
+
+class Core:
+    """Shared context of one replica. `on_chosen(timeline, entry, request_ids)` is called after each chosen entry."""
+
+    def __init__(
+        self,
+        *,
+        replica: int,
+        replicas: int,
+        life: Life,
+        engine: Engine,
+        settings: Settings,
+        rng: random.Random,
+        wall_us: Callable[[], int],
+        counters: Counters,
+    ) -> None:
+        self.replica = replica
+        self.replicas = replicas
+        self.majority = replicas // 2 + 1
+        self.peers = [r for r in range(replicas) if r != replica]
+        self.life = life
+        self.engine = engine
+        self.settings = settings
+        self.rng = rng
+        self.wall_us = wall_us
+        self.counters = counters
+        self.durable = 0
+        self.lives: dict[int, Life] = {}
+        self.chores_due: list[tuple[bytes, int]] = []
+        self.on_chosen: Callable[[Timeline, int, list[bytes]], None] = lambda _t, _e, _i: None
+        self._timelines: OrderedDict[bytes, Timeline] = OrderedDict()
+        self.unmarked: dict[bytes, Timeline] = {}
+        self._timers: list[tuple[float, int, bytes]] = []
+        self._timer_number = 0
+        self.messages: list[tuple[int, int, PeerMessage]] = []  # (after, peer, message)
+        self.replies: list[tuple[int, int, Message]] = []  # (after, token, message)
+
+    # ---- outbox
+
+    def send(self, peer: int, message: PeerMessage, after: int = 0) -> None:
+        """Queue a message for a peer; it leaves when engine batch `after` is durable."""
+        self.messages.append((after, peer, message))
+
+    def broadcast(self, message: PeerMessage, after: int = 0) -> None:
+        """Queue a message for all peers."""
+        for peer in self.peers:
+            self.messages.append((after, peer, message))
+
+    def reply(self, token: int, message: Message, after: int = 0) -> None:
+        """Queue the answer to a request."""
+        self.replies.append((after, token, message))
+
+    # ---- timers
+
+    def wake_at(self, due: float, timeline: bytes) -> None:
+        """Have the proposer look at a timeline at time `due` (or a little later)."""
+        self._timer_number += 1
+        heapq.heappush(self._timers, (due, self._timer_number, timeline))
+
+    def due(self, now: float) -> list[bytes]:
+        """Timelines whose time has come, each once."""
+        ready: dict[bytes, None] = {}
+        while self._timers and self._timers[0][0] <= now:
+            ready[heapq.heappop(self._timers)[2]] = None
+        return list(ready)
+
+    def next_due(self) -> float | None:
+        """Time of the earliest timer."""
+        return self._timers[0][0] if self._timers else None
+
+    # ---- timelines in memory
+
+    def timeline(self, key: bytes) -> Timeline:
+        """State of a timeline, from memory or from the engine. Unknown timelines are empty."""
+        found = self._timelines.get(key)
+        if found is None:
+            found = self._load(key)
+            self._timelines[key] = found
+            if len(self._timelines) > self.settings.timelines_in_memory:
+                self._shrink()
+        else:
+            self._timelines.move_to_end(key)
+        return found
+
+    def in_memory(self) -> int:
+        """Number of timelines held in memory."""
+        return len(self._timelines)
+
+    def loaded(self, key: bytes) -> Timeline | None:
+        """State of a timeline if it is in memory."""
+        return self._timelines.get(key)
+
+    def _load(self, key: bytes) -> Timeline:
+        row = self.engine.get(meta_key(key))
+        meta = Meta.decode(row) if row is not None else Meta()
+        timeline = Timeline(key, meta)
+        for log_row, encoded in self.engine.scan(log_key(key, meta.chosen), log_key(key, MAX_ENTRY)):
+            entry = log_entry(log_row)
+            record = decode_record(encoded)
+            if timeline.record is not None:
+                self._apply_loaded(timeline)
+            if entry > timeline.chosen:
+                timeline.record, timeline.accepted = record, record.ballot
+            else:
+                timeline.origin, timeline.ballot = record.origin, record.ballot
+        if meta.promised_entry == timeline.chosen + 1:
+            timeline.promised = meta.promised
+        # What is on disk was read back, but may not have been fsync'd before this process began.
+        return timeline
+
+    def _apply_loaded(self, timeline: Timeline) -> None:
+        """A later record proves that the open one was chosen."""
+        record = timeline.record
+        assert record is not None
+        timeline.chosen += 1
+        timeline.origin, timeline.ballot = record.origin, record.ballot
+        if WIPE in record.kinds:
+            timeline.wiped = timeline.chosen - 1
+        timeline.record, timeline.accepted = None, NO_BALLOT
+
+    def _shrink(self) -> None:
+        """Drop timelines that nobody works on, oldest use first; keep the rest, however many they are."""
+        surplus = len(self._timelines) - self.settings.timelines_in_memory
+        for key in list(self._timelines):
+            if surplus <= 0:
+                return
+            timeline = self._timelines[key]
+            if timeline.busy or timeline.dirty > self.durable:
+                continue
+            if key in self.unmarked:
+                self.mark(timeline)
+            del self._timelines[key]
+            surplus -= 1
+
+    # ---- durable notes that need no fsync of their own
+
+    def mark(self, timeline: Timeline) -> None:
+        """Write down how far a timeline is chosen. May be lost in a crash: the log proves all but the last entry."""
+        self.engine.put(meta_key(timeline.key), timeline.meta().encode())
+        self.unmarked.pop(timeline.key, None)
+
+    def mark_all(self) -> None:
+        """Write down all that `mark` would."""
+        for timeline in list(self.unmarked.values()):
+            self.mark(timeline)
+
+    def touch(self, timeline: Timeline) -> int:
+        """Note that the pending engine batch holds state of this timeline; returns the batch's number."""
+        timeline.dirty = self.engine.sequence
+        return timeline.dirty
+
+    # ---- request ids
+
+    def ids_of(self, timeline: Timeline) -> dict[bytes, int]:
+        """Request ids of the last W chosen entries, with the entry that applied each."""
+        if timeline.ids is None:
+            timeline.ids = {}
+            low = max(timeline.log_low, timeline.chosen - self.settings.request_id_entries + 1, 1)
+            high = log_key(timeline.key, timeline.chosen + 1)
+            for log_row, encoded in self.engine.scan(log_key(timeline.key, low), high):
+                self.remember_ids(timeline, log_entry(log_row), decode_record(encoded).request_ids)
+        return timeline.ids
+
+    def remember_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
+        """Add the ids of a chosen entry and forget those of entries older than W, if ids are in memory at all."""
+        if timeline.ids is None:
+            return
+        for request_id in request_ids:
+            timeline.ids[request_id] = entry
+        timeline.id_entries.append((entry, request_ids))
+        oldest = entry - self.settings.request_id_entries
+        while timeline.id_entries[0][0] <= oldest:
+            _, forgotten = timeline.id_entries.popleft()
+            for request_id in forgotten:
+                timeline.ids.pop(request_id, None)

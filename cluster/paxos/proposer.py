@@ -1,0 +1,443 @@
+"""The proposer: takes write and settle requests and has entries decided.
+
+One proposal a timeline is open at a time; requests that come meanwhile wait and share the next entry. A proposal is
+
+    (right to round 0) -> ACCEPT -> chosen
+    PREPARE -> ACCEPT -> chosen
+    PREPARE or ACCEPT, refused -> BACKOFF -> PREPARE with a higher round
+
+The right to round 0 of entry e is *not stored*: this life has it if it is the origin of chosen entry e-1 and its own
+acceptor has neither promised nor accepted anything for e. Using it writes the own acceptance first, so it can't be
+used twice; a restart changes the life, so it dies with the process. At e = 1 no memory can tell whether an earlier
+life has sent a value, so there the own acceptance is durable before anything is sent.
+"""
+
+from __future__ import annotations
+
+from ..keys import priority
+from ..messages import (
+    CONFLICT,
+    INVALID,
+    NO_BALLOT,
+    OK,
+    STALE,
+    UNAVAILABLE,
+    UNKNOWN,
+    WIPE,
+    Accept,
+    Accepted,
+    Ballot,
+    Chosen,
+    Nack,
+    Prepare,
+    Promise,
+    Settled,
+    Value,
+    Written,
+    pack_i64,
+)
+from .acceptor import FIRST_INCARNATION, Acceptor
+from .core import (
+    ACCEPT,
+    BACKOFF,
+    CATCH_UP,
+    PREPARE,
+    Core,
+    Job,
+    Proposal,
+    SettleWaiter,
+    Timeline,
+    Waiter,
+)
+
+MAX_IDS_PER_ENTRY = 256
+
+
+class Proposer:
+    """Proposer of all timelines of one replica."""
+
+    def __init__(self, core: Core, acceptor: Acceptor) -> None:
+        self.core = core
+        self.acceptor = acceptor
+        self.queued = 0
+        self.queued_bytes = 0
+        self._own_votes: list[tuple[int, bytes, int, Ballot, str]] = []  # (engine batch, timeline, ...)
+        self._untold: dict[bytes, tuple[int, Ballot]] = {}  # chosen here, peers not told yet
+        self._tell_at: float | None = None
+
+    # ---- requests
+
+    def enqueue(self, timeline: Timeline, waiter: Waiter, now: float) -> None:
+        """Take a write request. A request id that waits already gets a second listener, not a second life."""
+        present = timeline.waiting.get(waiter.request_id)
+        if present is not None:
+            present.jobs.extend(waiter.jobs)
+            present.deadline = max(present.deadline, waiter.deadline)
+            return
+        settings = self.core.settings
+        if self.queued >= settings.max_queued_requests or self.queued_bytes + waiter.size > settings.max_queued_bytes:
+            self.core.counters.add("overload_refusals")
+            self._answer(waiter, UNAVAILABLE, timeline.chosen, 0)
+            return
+        self.queued += 1
+        self.queued_bytes += waiter.size
+        timeline.waiting[waiter.request_id] = waiter
+        self.core.wake_at(waiter.deadline, timeline.key)
+        if timeline.proposal is None:
+            self.start(timeline, now)
+
+    def refuse(self, waiter: Waiter, outcome: int) -> None:
+        """Answer a request that can't be taken."""
+        self._answer(waiter, outcome, 0, 0)
+
+    def settle(self, timeline: Timeline, waiter: SettleWaiter, now: float) -> None:
+        """Find out whether an entry was chosen, for a reader that can't tell from versions alone."""
+        if timeline.chosen >= waiter.entry:
+            self._finish(waiter.job, waiter.index, OK, timeline.chosen, timeline.dirty)
+            return
+        timeline.settles.append(waiter)
+        self.core.wake_at(waiter.deadline, timeline.key)
+        if timeline.proposal is None:
+            self.start(timeline, now)
+
+    # ---- a proposal's life
+
+    def start(self, timeline: Timeline, now: float) -> None:
+        """Begin a proposal for entry chosen+1 if anything waits for it."""
+        if not (timeline.waiting or timeline.settles):
+            return
+        entry = timeline.chosen + 1
+        if timeline.waiting and self._has_right(timeline):
+            value = self._form(timeline, now)
+            if value is not None:
+                timeline.proposal = Proposal(entry, (0, self.core.life), ACCEPT, 0.0)
+                self.core.counters.add("fast_accepts")
+                self._send_accept(timeline, timeline.proposal, value, now)
+            return
+        if not timeline.settles and not self._form_would_propose(timeline, now):
+            return
+        timeline.proposal = Proposal(entry, NO_BALLOT, PREPARE, 0.0)
+        self._send_prepare(timeline, timeline.proposal, now)
+
+    def _has_right(self, timeline: Timeline) -> bool:
+        if timeline.promised != NO_BALLOT or timeline.accepted != NO_BALLOT:
+            return False
+        if timeline.chosen == 0:
+            first = priority(timeline.key, self.core.replicas)[0]
+            return first == self.core.replica and self.core.life[1] == FIRST_INCARNATION
+        return timeline.origin == self.core.life
+
+    def _send_prepare(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
+        number = max(timeline.promised[0], timeline.accepted[0], proposal.ballot[0], 0) + 1
+        proposal.ballot = (number, self.core.life)
+        proposal.phase = PREPARE
+        proposal.promises.clear()
+        proposal.votes.clear()
+        proposal.resends = 0
+        self.core.counters.add("prepares")
+        batch = self.acceptor.promise(timeline, proposal.ballot)
+        self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, PREPARE))
+        self.core.broadcast(Prepare(timeline.key, proposal.entry, proposal.ballot))
+        self._set_due(timeline, proposal, now)
+
+    def _send_accept(self, timeline: Timeline, proposal: Proposal, value: Value, now: float) -> None:
+        proposal.phase = ACCEPT
+        proposal.value = value
+        proposal.votes.clear()
+        proposal.resends = 0
+        for request_id in value.request_ids:
+            waiter = timeline.waiting.get(request_id)
+            if waiter is not None:
+                waiter.sent = True
+        batch = self.acceptor.accept(timeline, proposal.ballot, value)
+        self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, ACCEPT))
+        first_of_all = proposal.entry == 1 and proposal.ballot[0] == 0
+        self.core.broadcast(self._accept_message(timeline, proposal), batch if first_of_all else 0)
+        self._untold.pop(timeline.key, None)  # `before` in the Accept tells peers that the entry before was chosen
+        self._set_due(timeline, proposal, now)
+
+    def _accept_message(self, timeline: Timeline, proposal: Proposal) -> Accept:
+        assert proposal.value is not None
+        return Accept(timeline.key, proposal.entry, proposal.ballot, timeline.ballot, proposal.value)
+
+    def _set_due(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
+        settings = self.core.settings
+        pause = min(settings.accept_timeout_s * (1 << min(proposal.resends, 8)), settings.resend_max_s)
+        proposal.due = now + pause
+        self.core.wake_at(proposal.due, timeline.key)
+
+    # ---- answers of peers
+
+    def on_promise(self, timeline: Timeline, sender: int, incarnation: int, message: Promise, now: float) -> None:
+        """Count a promise; with a majority of them go on to Accept, with the value that they bind us to."""
+        proposal = timeline.proposal
+        if not self._is_about(proposal, message.entry, message.ballot, PREPARE):
+            return
+        assert proposal is not None
+        proposal.promises[sender] = (message.accepted, message.value, incarnation)
+        if len(self._current(proposal.promises)) < self.core.majority:
+            return
+        accepted, value, _ = max(proposal.promises.values(), key=lambda p: p[0])
+        if accepted != NO_BALLOT:
+            assert value is not None
+            self._send_accept(timeline, proposal, value, now)
+            return
+        # Nothing was accepted by a majority: nothing was chosen so far, which is what a settler wants to know.
+        for waiter in timeline.settles:
+            self._finish(waiter.job, waiter.index, OK, timeline.chosen, timeline.dirty)
+        timeline.settles.clear()
+        for waiting in timeline.waiting.values():
+            waiting.asked_peers = True  # the promises came from a majority that has nothing newer
+        own = self._form(timeline, now)
+        if own is None:
+            timeline.proposal = None
+        else:
+            self._send_accept(timeline, proposal, own, now)
+
+    def on_accepted(self, timeline: Timeline, sender: int, incarnation: int, message: Accepted, now: float) -> None:
+        """Count a vote; with a majority of them the entry is chosen."""
+        proposal = timeline.proposal
+        if not self._is_about(proposal, message.entry, message.ballot, ACCEPT):
+            return
+        assert proposal is not None
+        proposal.votes[sender] = incarnation
+        if len(self._current(proposal.votes)) < self.core.majority:
+            return
+        if timeline.accepted != proposal.ballot:
+            # The own acceptor has meanwhile accepted at a higher ballot; the entry is chosen all the same.
+            assert proposal.value is not None
+            self.acceptor.accept(timeline, proposal.ballot, proposal.value)
+        self._untold[timeline.key] = (proposal.entry, proposal.ballot)
+        if self._tell_at is None:
+            self._tell_at = now + self.core.settings.chosen_delay_s
+        self.acceptor.choose(timeline)
+
+    def on_nack(self, timeline: Timeline, sender: int, message: Nack, now: float) -> None:
+        """Step back for a random time that doubles, then prepare a higher round."""
+        proposal = timeline.proposal
+        if proposal is None or proposal.entry != message.entry or proposal.ballot != message.ballot:
+            return
+        if message.promised < message.ballot and message.ballot[0] > 0:
+            return
+        settings = self.core.settings
+        timeline.backoff_s = min(max(timeline.backoff_s * 2, settings.backoff_s), settings.backoff_max_s)
+        proposal.phase = BACKOFF
+        proposal.attempts += 1
+        proposal.ballot = (max(proposal.ballot[0], message.promised[0]), self.core.life)
+        proposal.due = now + self.core.rng.uniform(0, timeline.backoff_s)
+        self.core.counters.add("nacks")
+        self.core.wake_at(proposal.due, timeline.key)
+
+    @staticmethod
+    def _is_about(proposal: Proposal | None, entry: int, ballot: Ballot, phase: str) -> bool:
+        return (
+            proposal is not None and proposal.entry == entry and proposal.ballot == ballot and proposal.phase == phase
+        )
+
+    def _current(self, votes: dict[int, int] | dict[int, tuple[Ballot, Value | None, int]]) -> list[int]:
+        """Replicas whose vote was given by the incarnation that we know to be their present one."""
+        lives = self.core.lives
+        return [
+            replica
+            for replica, vote in votes.items()
+            if replica == self.core.replica
+            or (vote if isinstance(vote, int) else vote[2]) == lives.get(replica, (0, 0, 0))[1]
+        ]
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether votes of our own wait to be durable."""
+        return bool(self._own_votes)
+
+    def durable(self, now: float) -> None:
+        """Count our own votes whose records are on disk."""
+        ready = [vote for vote in self._own_votes if vote[0] <= self.core.durable]
+        if not ready:
+            return
+        self._own_votes = [vote for vote in self._own_votes if vote[0] > self.core.durable]
+        incarnation = self.core.life[1]
+        for _, key, entry, ballot, phase in ready:
+            timeline = self.core.timeline(key)
+            if phase == ACCEPT:
+                self.on_accepted(timeline, self.core.replica, incarnation, Accepted(key, entry, ballot), now)
+            elif timeline.chosen + 1 == entry:
+                value = self.acceptor.accepted_value(timeline)
+                promise = Promise(key, entry, ballot, timeline.accepted, value)
+                self.on_promise(timeline, self.core.replica, incarnation, promise, now)
+
+    # ---- chosen
+
+    def on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes], now: float) -> None:
+        """An entry was chosen, by whomever: answer the requests that it serves and go on with the rest."""
+        for request_id in request_ids:
+            waiter = timeline.waiting.get(request_id)
+            if waiter is not None:
+                self._drop(timeline, waiter, OK, entry)
+        for settle in [s for s in timeline.settles if s.entry <= entry]:
+            timeline.settles.remove(settle)
+            self._finish(settle.job, settle.index, OK, entry, timeline.dirty)
+        proposal = timeline.proposal
+        if proposal is not None and proposal.entry <= entry:
+            if proposal.value is not None:
+                for request_id in proposal.value.request_ids:
+                    lost = timeline.waiting.get(request_id)
+                    if lost is not None:
+                        lost.sent = False  # the entry went to another value, so this attempt is surely not applied
+            timeline.proposal = None
+            timeline.backoff_s /= 2
+        if timeline.proposal is None and (timeline.waiting or timeline.settles):
+            self.core.wake_at(now, timeline.key)
+
+    def tell_chosen(self, now: float, *, force: bool = False) -> None:
+        """Tell peers what was chosen, when the delay is over or when a message leaves for them anyway."""
+        if self._tell_at is None or not (force or now >= self._tell_at):
+            return
+        for key, (entry, ballot) in self._untold.items():
+            self.core.broadcast(Chosen(key, entry, ballot))
+        self._untold.clear()
+        self._tell_at = None
+
+    def next_due(self) -> float | None:
+        """When `tell_chosen` has something to do."""
+        return self._tell_at
+
+    # ---- time
+
+    def wake(self, timeline: Timeline, now: float) -> None:
+        """Deadlines, repeated messages, the end of a back-off, the start of what waited."""
+        for waiter in [w for w in timeline.waiting.values() if w.deadline <= now]:
+            self._drop(timeline, waiter, UNKNOWN if waiter.sent else UNAVAILABLE, timeline.chosen)
+        for settle in [s for s in timeline.settles if s.deadline <= now]:
+            timeline.settles.remove(settle)
+            self._finish(settle.job, settle.index, UNAVAILABLE, timeline.chosen, 0)
+        proposal = timeline.proposal
+        if proposal is None:
+            self.start(timeline, now)
+            return
+        if not (timeline.waiting or timeline.settles):
+            # Nobody waits any more. What was accepted stays; a later read or write settles it.
+            timeline.proposal = None
+            return
+        if now < proposal.due:
+            return
+        if proposal.phase == CATCH_UP:
+            timeline.proposal = None
+            self.start(timeline, now)
+        elif proposal.phase == BACKOFF:
+            self._send_prepare(timeline, proposal, now)
+        else:
+            self._resend(timeline, proposal, now)
+
+    def _resend(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
+        """Repeat the open question, at the same ballot, to the peers that have not answered it."""
+        proposal.resends += 1
+        self.core.counters.add("resends")
+        again = (
+            Prepare(timeline.key, proposal.entry, proposal.ballot)
+            if proposal.phase == PREPARE
+            else self._accept_message(timeline, proposal)
+        )
+        answered = proposal.promises if proposal.phase == PREPARE else proposal.votes
+        first_of_all = proposal.phase == ACCEPT and proposal.entry == 1 and proposal.ballot[0] == 0
+        for peer in self.core.peers:
+            if peer not in answered:
+                self.core.send(peer, again, timeline.dirty if first_of_all else 0)
+        self._set_due(timeline, proposal, now)
+
+    # ---- forming a value
+
+    def _form(self, timeline: Timeline, now: float) -> Value | None:
+        """The next entry's value from what waits, or None. Ids, versions and conditions are checked here, at each
+        proposal: between arrival and now an entry by someone else may have applied the same request."""
+        taken: list[Waiter] = []
+        items = size = 0
+        settings = self.core.settings
+        for waiter in self._eligible(timeline, now):
+            alone = waiter.if_version >= 0
+            if taken and (
+                alone
+                or len(taken) >= MAX_IDS_PER_ENTRY
+                or items + len(waiter.keys) > settings.entry_items
+                or size + waiter.size > settings.entry_bytes
+            ):
+                break
+            taken.append(waiter)
+            items += len(waiter.keys)
+            size += waiter.size
+            if alone:
+                break
+        if not taken:
+            return None
+        self.core.counters.add("entries_proposed")
+        self.core.counters.add("requests_proposed", len(taken))
+        kinds, keys, values = _merge(taken)
+        ids = [waiter.request_id for waiter in taken]
+        return Value(self.core.life, self.core.wall_us(), ids, kinds, keys, values)
+
+    def _form_would_propose(self, timeline: Timeline, now: float) -> bool:
+        return bool(self._eligible(timeline, now))
+
+    def _eligible(self, timeline: Timeline, now: float) -> list[Waiter]:
+        """Waiting requests that may enter entry chosen+1, in order; the others are answered and dropped."""
+        ids = self.core.ids_of(timeline)
+        eligible = []
+        for waiter in list(timeline.waiting.values()):
+            applied = ids.get(waiter.request_id)
+            if applied is not None:
+                self._drop(timeline, waiter, OK, applied)
+            elif waiter.seen < timeline.chosen - self.core.settings.request_id_entries:
+                self._drop(timeline, waiter, STALE, timeline.chosen)
+            elif max(waiter.seen, waiter.if_version) > timeline.chosen and not waiter.asked_peers:
+                # The sender has seen a version that we have not: learn it before judging the request.
+                waiter.asked_peers = True
+                self._catch_up_first(timeline, now)
+                return []
+            elif waiter.if_version >= 0 and waiter.if_version != timeline.chosen:
+                self._drop(timeline, waiter, CONFLICT, timeline.chosen)
+            elif not waiter.keys:
+                self._drop(timeline, waiter, INVALID, timeline.chosen)
+            else:
+                eligible.append(waiter)
+        return eligible
+
+    def _catch_up_first(self, timeline: Timeline, now: float) -> None:
+        proposal = Proposal(timeline.chosen + 1, NO_BALLOT, CATCH_UP, now + self.core.settings.accept_timeout_s)
+        timeline.proposal = proposal
+        for peer in self.core.peers:
+            timeline.asked_until = 0.0  # this question goes to every peer
+            self.acceptor.fetch(timeline, peer, now)
+        self.core.wake_at(proposal.due, timeline.key)
+
+    # ---- answering
+
+    def _drop(self, timeline: Timeline, waiter: Waiter, outcome: int, version: int) -> None:
+        del timeline.waiting[waiter.request_id]
+        self.queued -= 1
+        self.queued_bytes -= waiter.size
+        self._answer(waiter, outcome, version, timeline.dirty if outcome in (OK, CONFLICT, STALE) else 0)
+
+    def _answer(self, waiter: Waiter, outcome: int, version: int, after: int) -> None:
+        for job, index in waiter.jobs:
+            self._finish(job, index, outcome, version, after)
+
+    def _finish(self, job: Job, index: int, outcome: int, version: int, after: int) -> None:
+        job.outcomes[index] = outcome
+        job.versions[index] = version
+        job.after = max(job.after, after)
+        job.open -= 1
+        if job.open == 0:
+            answer = (Settled if job.settle else Written)(bytes(job.outcomes), pack_i64(job.versions))
+            self.core.reply(job.token, answer, job.after)
+
+
+def _merge(waiters: list[Waiter]) -> tuple[bytes, list[bytes], list[bytes]]:
+    """Mutations of several requests as one entry: of one key the later wins, a WIPE drops all before it."""
+    merged: dict[bytes, tuple[int, bytes]] = {}
+    for waiter in waiters:
+        for kind, key, value in zip(waiter.kinds, waiter.keys, waiter.values, strict=True):
+            if kind == WIPE:
+                merged.clear()
+            else:
+                merged.pop(key, None)
+            merged[key] = (kind, value)
+    return bytes(kind for kind, _ in merged.values()), list(merged), [value for _, value in merged.values()]

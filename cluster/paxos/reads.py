@@ -1,0 +1,309 @@
+"""What a replica answers to readers: versions, deltas, ranges and points, all from one instant.
+
+A replica alone never knows whether its version is the newest: that takes a majority, which the reader asks. It only
+says what it has: `chosen`, whether entry chosen+1 is open here, and data as of `chosen`. Rows, links, horizon and
+`wiped` of one answer belong together, because a step of the replica is never interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..cold.link import Link
+from ..keys import (
+    MAX_TIMESTAMP,
+    MIN_TIMESTAMP,
+    bucket_of,
+    split_item_key,
+    split_timeline,
+    timestamp_floor,
+)
+from ..messages import (
+    DELETE,
+    DELTA,
+    NO_BALLOT,
+    POINT,
+    RANGE,
+    SAME,
+    WIPE,
+    AskChosen,
+    AskVersions,
+    Check,
+    Checked,
+    ChosenList,
+    LinkRef,
+    Links,
+    Open,
+    Versions,
+    pack_i64,
+    pack_u32,
+    unpack_i64,
+    unpack_u32,
+)
+from .acceptor import Acceptor
+from .core import Core, Timeline
+from .links import LinkIndex, TableLinks
+from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefix_end, rows_prefix, version_of
+
+MAX_LINKS = 64  # blocks that one answer names for one timeline
+MAX_ANSWER_BYTES = 16 << 20
+MAX_DELTA_ITEMS = 2_000
+CHOSEN_PER_ANSWER = 5_000
+
+
+class _Answer:
+    """Columns of a `Checked` while it grows."""
+
+    def __init__(self) -> None:
+        self.chosen: list[int] = []
+        self.opens: list[Open] = []
+        self.payloads = bytearray()
+        self.counts: list[int] = []
+        self.kinds = bytearray()
+        self.keys: list[bytes] = []
+        self.values: list[bytes] = []
+        self.versions: list[int] = []
+        self.written: list[int] = []
+        self.wiped: list[int] = []
+        self.horizons: list[int] = []
+        self.floors: list[bytes] = []
+        self.links: list[Links] = []
+        self.size = 0
+        self.after = 0
+
+    def add_row(self, key: bytes, version: int, written: int, kind: int, value: bytes) -> None:
+        self.kinds.append(kind)
+        self.keys.append(key)
+        self.values.append(value)
+        self.versions.append(version)
+        self.written.append(written)
+        self.size += len(key) + len(value) + 32
+
+    def message(self) -> Checked:
+        return Checked(
+            pack_i64(self.chosen),
+            self.opens,
+            bytes(self.payloads),
+            pack_u32(self.counts),
+            bytes(self.kinds),
+            self.keys,
+            self.values,
+            pack_i64(self.versions),
+            pack_i64(self.written),
+            pack_i64(self.wiped),
+            pack_i64(self.horizons),
+            self.floors,
+            self.links,
+        )
+
+
+class Reads:
+    """Answers of one replica to readers and to peers that compare themselves."""
+
+    def __init__(self, core: Core, acceptor: Acceptor, links: LinkIndex) -> None:
+        self.core = core
+        self.acceptor = acceptor
+        self.links = links
+
+    # ---- versions
+
+    def versions(self, message: AskVersions) -> tuple[Versions, int]:
+        """Answer, and the engine batch that must be durable before it leaves."""
+        chosen: list[int] = []
+        opens: list[Open] = []
+        after = 0
+        for index, key in enumerate(message.timelines):
+            timeline = self.core.timeline(key)
+            chosen.append(timeline.chosen)
+            if timeline.accepted != NO_BALLOT:
+                opens.append(Open(index, timeline.accepted))
+            after = max(after, timeline.dirty)
+        self.core.counters.add("version_questions", len(chosen))
+        return Versions(pack_i64(chosen), opens), after
+
+    def chosen_list(self, message: AskChosen, owned: Sequence[int]) -> ChosenList:
+        """How far this replica has applied the timelines of `owned` buckets, from (bucket, cursor) on."""
+        self.core.mark_all()
+        names: list[bytes] = []
+        chosen: list[int] = []
+        for bucket in owned:
+            if bucket < message.bucket:
+                continue
+            low = b"M" + bucket.to_bytes(4, "big")
+            start = b"M" + message.cursor if bucket == message.bucket and message.cursor else low
+            for name, row in self.core.engine.scan(start, prefix_end(low)):
+                if len(names) >= CHOSEN_PER_ANSWER:
+                    return ChosenList(names, pack_i64(chosen), bucket, name[1:])
+                names.append(name[1:])
+                chosen.append(Meta.decode(row).chosen)
+        return ChosenList(names, pack_i64(chosen), -1, b"")
+
+    # ---- data
+
+    def check(self, message: Check) -> tuple[Checked, int]:
+        """Answer, and the engine batch that must be durable before it leaves."""
+        answer = _Answer()
+        have = unpack_i64(message.have)
+        limits = unpack_u32(message.limits)
+        proofs = {known.index: known for known in message.known}
+        for index, key in enumerate(message.timelines):
+            timeline = self.core.timeline(key)
+            proof = proofs.get(index)
+            if proof is not None and proof.entry == timeline.chosen + 1 and proof.ballot == timeline.accepted:
+                self.acceptor.choose(timeline)
+            answer.chosen.append(timeline.chosen)
+            if timeline.accepted != NO_BALLOT:
+                answer.opens.append(Open(index, timeline.accepted))
+            answer.after = max(answer.after, timeline.dirty)
+            answer.wiped.append(timeline.wiped)
+            before = len(answer.keys)
+            self._answer_one(
+                answer, index, timeline, have[index], message.wants[index], message.bounds[index], limits[index]
+            )
+            answer.counts.append(len(answer.keys) - before)
+        self.core.counters.add("checks", len(have))
+        return answer.message(), answer.after
+
+    def _answer_one(
+        self, answer: _Answer, index: int, timeline: Timeline, have: int, want: int, bound: bytes, limit: int
+    ) -> None:
+        _, table, owner = split_timeline(timeline.key)
+        links = self.links.of_table(bucket_of(timeline.key), table)
+        answer.horizons.append(links.horizon)
+        if want == POINT:
+            answer.payloads.append(POINT)
+            answer.floors.append(b"")
+            self._point(answer, index, timeline, links, owner, bound)
+        elif want == DELTA and have == timeline.chosen:
+            answer.payloads.append(SAME)
+            answer.floors.append(b"")
+        elif want == DELTA and timeline.floor <= have < timeline.chosen and self._delta(answer, timeline, have):
+            answer.payloads.append(DELTA)
+            answer.floors.append(b"")
+        else:
+            answer.payloads.append(RANGE)
+            self._range(answer, index, timeline, links, owner, b"" if want == DELTA else bound, max(limit, 1))
+
+    def _delta(self, answer: _Answer, timeline: Timeline, have: int) -> bool:
+        """Append the items of entries have+1 .. chosen in log order. False if a range is the better answer."""
+        key = timeline.key
+        entries = []
+        items = 0
+        first = have + 1
+        for number, (_, encoded) in enumerate(
+            self.core.engine.scan(log_key(key, first), log_key(key, timeline.chosen + 1)), first
+        ):
+            record = decode_record(encoded)
+            items += len(record.keys)
+            if items > MAX_DELTA_ITEMS:
+                return False
+            entries.append((number, record))
+        prefix = rows_prefix(key)
+        names = [
+            prefix + item + number.to_bytes(8, "big") for number, record in entries for item in record.keys if item
+        ]
+        rows = iter(self.core.engine.get_many(names))
+        for number, record in entries:
+            for kind, item in zip(record.kinds, record.keys, strict=True):
+                if kind == WIPE:
+                    answer.add_row(b"", number, record.written, WIPE, b"")
+                    continue
+                row = next(rows)
+                assert row is not None, f"a row of entry {number} above the floor {timeline.floor} is gone"
+                written, _, value = decode_row(row)
+                answer.add_row(item, number, written, kind, value)
+        return True
+
+    def _range(
+        self,
+        answer: _Answer,
+        index: int,
+        timeline: Timeline,
+        links: TableLinks,
+        owner: bytes,
+        before: bytes,
+        limit: int,
+    ) -> None:
+        """Append visible rows newest first, tombstones too, until `limit` live ones; then the links beside them."""
+        prefix = rows_prefix(timeline.key)
+        high = prefix + before if before else prefix_end(prefix)
+        start = len(answer.keys)
+        last = floor = b""
+        live = 0
+        for name, row in self.core.engine.scan(prefix, high, reverse=True):
+            key = name[len(prefix) : -VERSION_BYTES]
+            version = version_of(name)
+            if version > timeline.chosen or key == last:
+                continue  # not chosen yet, or superseded: versions of a key come newest first
+            if live >= limit or (live and answer.size >= MAX_ANSWER_BYTES):
+                floor = last
+                break
+            last = key
+            if version <= timeline.wiped:
+                continue
+            written, kind, value = decode_row(row)
+            answer.add_row(key, version, written, kind, value)
+            live += kind != DELETE
+        refs, floor = self._link_refs(links, owner, floor, before)
+        answer.floors.append(floor)
+        if refs:
+            answer.links.append(Links(index, refs))
+        while len(answer.keys) > start and answer.keys[-1] < floor:
+            for column in (answer.kinds, answer.keys, answer.values, answer.versions, answer.written):
+                column.pop()
+
+    def _link_refs(self, links: TableLinks, owner: bytes, floor: bytes, before: bytes) -> tuple[list[LinkRef], bytes]:
+        """Blocks between `floor` and `before`, newest window first, and the floor that they are complete to."""
+        if not links.links:
+            return [], floor
+        low = split_item_key(floor)[0] if floor else MIN_TIMESTAMP
+        high = split_item_key(before)[0] if before else MAX_TIMESTAMP
+        refs: list[LinkRef] = []
+        for link in links.overlapping(low, high):
+            found = self._refs_of(link, owner, floor, before)
+            if refs and len(refs) + len(found) > MAX_LINKS:
+                return refs, max(floor, timestamp_floor(link.window_end))
+            refs += found
+        return refs, floor
+
+    @staticmethod
+    def _refs_of(link: Link, owner: bytes, floor: bytes, before: bytes) -> list[LinkRef]:
+        return [
+            LinkRef(
+                link.bucket,
+                link.window_start,
+                link.format,
+                block.file,
+                block.offset,
+                block.length,
+                block.crc,
+                block.low,
+                block.high,
+            )
+            for block in link.blocks_of(owner)
+            if block.high > floor and (not before or block.low < before)
+        ]
+
+    def _point(
+        self, answer: _Answer, index: int, timeline: Timeline, links: TableLinks, owner: bytes, key: bytes
+    ) -> None:
+        """Append the newest chosen row of one item; if there is none, name the blocks that may hold it."""
+        prefix = rows_prefix(timeline.key) + key
+        for name, row in self.core.engine.scan(prefix, prefix + b"\xff" * VERSION_BYTES, reverse=True):
+            version = version_of(name)
+            if len(name) != len(prefix) + VERSION_BYTES or version > timeline.chosen:
+                continue
+            written, kind, value = decode_row(row)
+            if version > timeline.wiped:
+                answer.add_row(key, version, written, kind, value)
+                return
+            break
+        timestamp = split_item_key(key)[0]
+        refs = [
+            ref
+            for link in links.overlapping(timestamp, timestamp)
+            for ref in self._refs_of(link, owner, b"", b"")
+            if ref.low <= key < ref.high
+        ]
+        if refs:
+            answer.links.append(Links(index, refs[:MAX_LINKS]))

@@ -1,0 +1,404 @@
+"""One replica of a storage group, as a pure object: messages and time in, messages out.
+
+    replica.write(now, token, message)      a client's write batch
+    replica.settle(now, token, message)     a reader's question whether an entry was chosen
+    replica.ask(now, token, message)        a reader's, a peer's or the sink's question
+    replica.peer(now, sender, batch)        what another replica has to say
+    replica.tick(now)                       time passes
+    replica.durable(now, batch)             the engine has fsync'd its batches up to this one
+    replica.take(now) -> Output             what may leave: replies by token, one batch a peer
+
+The order that keeps it safe: hand the inputs in, `take` and send, `engine.commit()`, `engine.sync()`, `durable`,
+`take` and send. What depends on a write stays in the outbox until `durable` has named its batch.
+
+States: `joining` (a peer must confirm that it has noted this life, before anything is answered: so a folder from the
+past is found out), `voting`, `fenced` (a peer has seen a later life of this replica: it must not vote again).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..counters import Counters
+from ..engine import Engine
+from ..errors import Unavailable
+from ..keys import is_placed_right, is_system
+from ..messages import (
+    DELETE,
+    INVALID,
+    MISPLACED,
+    PUT,
+    WIPE,
+    Accept,
+    Accepted,
+    AskChosen,
+    AskVersions,
+    Check,
+    Chosen,
+    Entries,
+    Fetch,
+    Life,
+    Message,
+    Nack,
+    PeerBatch,
+    PeerMessage,
+    Prepare,
+    Promise,
+    Scan,
+    Settle,
+    State,
+    Write,
+    Written,
+    pack_i64,
+    unpack_i64,
+    unpack_u32,
+)
+from .acceptor import Acceptor
+from .catchup import CatchUp
+from .chores import Chores
+from .core import Core, Job, Settings, SettleWaiter, Timeline, Waiter
+from .links import LinkIndex
+from .proposer import Proposer
+from .reads import Reads
+from .rows import life_key
+from .scans import Scans
+
+JOINING, VOTING, FENCED = "joining", "voting", "fenced"
+HELLO_S = 0.2
+
+
+@dataclass(slots=True)
+class Output:
+    """What may leave this replica: answers by the caller's token, and one batch for each peer that has any."""
+
+    replies: list[tuple[int, Message]] = field(default_factory=list)
+    peers: list[tuple[int, PeerBatch]] = field(default_factory=list)
+
+
+class Replica:
+    """See the module's text. `owned`: buckets of this group, ascending. `buckets`: of the whole cluster."""
+
+    def __init__(
+        self,
+        *,
+        replica: int,
+        replicas: int,
+        life: Life,
+        buckets: int,
+        owned: Sequence[int],
+        engine: Engine,
+        settings: Settings,
+        rng: random.Random,
+        wall_us: Callable[[], int],
+        counters: Counters,
+    ) -> None:
+        self.core = Core(
+            replica=replica,
+            replicas=replicas,
+            life=life,
+            engine=engine,
+            settings=settings,
+            rng=rng,
+            wall_us=wall_us,
+            counters=counters,
+        )
+        self.buckets = buckets
+        self.owned = owned
+        self._owned_set = frozenset(owned)
+        self.links = LinkIndex(self.core)
+        self.acceptor = Acceptor(self.core)
+        self.proposer = Proposer(self.core, self.acceptor)
+        self.catch_up = CatchUp(self.core, self.acceptor)
+        self.chores = Chores(self.core, self.acceptor, self.links)
+        self.reads = Reads(self.core, self.acceptor, self.links)
+        self.scans = Scans(self.core, self.links)
+        self.state = JOINING if self.core.peers else VOTING
+        self.reason = "waiting for a peer to confirm this life" if self.core.peers else ""
+        self._now = 0.0
+        self._hello_at = 0.0
+        self._hello = False
+        self._life_noted_in = 0  # engine batch that holds the last change of a peer's life
+        self._mark_at: float | None = None
+        self.core.on_chosen = self._on_chosen
+        for peer in self.core.peers:
+            row = engine.get(life_key(peer))
+            if row is not None:
+                self.core.lives[peer] = _decode_life(row)
+        self.chores.recover()
+
+    # ---- requests
+
+    def require_voting(self) -> None:
+        """Raises Unavailable unless this replica takes part in quorums."""
+        if self.state != VOTING:
+            raise Unavailable(f"storage replica {self.core.replica} is {self.state}: {self.reason}")
+
+    def write(self, now: float, token: int, message: Write) -> None:
+        """Take a write batch; its `Written` leaves by `token` when every request has an outcome."""
+        self.require_voting()
+        self._now = now
+        count = len(message.timelines)
+        seen, conditions = unpack_i64(message.seen), unpack_i64(message.if_version)
+        counts = unpack_u32(message.counts)
+        if not (
+            count == len(message.request_ids) == len(seen) == len(conditions) == len(counts)
+            and sum(counts) == len(message.kinds) == len(message.keys) == len(message.values)
+        ):
+            self.core.reply(token, Written(bytes((INVALID,)) * count, pack_i64([0] * count)))
+            return
+        job = Job(token, bytearray(count), [0] * count, count)
+        deadline = now + message.timeout_ms / 1000
+        start = 0
+        self.core.counters.add("write_batches")
+        self.core.counters.add("write_requests", count)
+        self.core.counters.add("items_written", len(message.keys))
+        if not count:
+            self.core.reply(token, Written(b"", b""))
+        for index, key in enumerate(message.timelines):
+            end = start + counts[index]
+            kinds, keys = message.kinds[start:end], message.keys[start:end]
+            values = message.values[start:end]
+            waiter = Waiter(
+                message.request_ids[index],
+                seen[index],
+                conditions[index],
+                kinds,
+                keys,
+                values,
+                sum(map(len, values)) + sum(map(len, keys)),
+                deadline,
+                [(job, index)],
+            )
+            start = end
+            refusal = self._refusal(key, waiter)
+            if refusal:
+                self.proposer.refuse(waiter, refusal)
+            else:
+                self.proposer.enqueue(self.core.timeline(key), waiter, now)
+
+    def _refusal(self, key: bytes, waiter: Waiter) -> int:
+        """Outcome for a request that this replica can't take at all, or 0."""
+        if not is_placed_right(key, self.buckets):
+            return INVALID
+        if int.from_bytes(key[:4], "big") not in self._owned_set:
+            return MISPLACED
+        for kind, item in zip(waiter.kinds, waiter.keys, strict=True):
+            if kind == WIPE:
+                if item or is_system(key):
+                    return INVALID
+            elif kind not in (PUT, DELETE) or len(item) < 10 or item[-2:] != b"\x00\x01":
+                return INVALID
+        return 0 if waiter.keys and len(waiter.request_id) == 16 else INVALID
+
+    def settle(self, now: float, token: int, message: Settle) -> None:
+        """Settle entries for a reader; the `Settled` leaves by `token`."""
+        self.require_voting()
+        self._now = now
+        entries = unpack_i64(message.entries)
+        self._require_owned(message.timelines)
+        if len(entries) != len(message.timelines) or not entries:
+            raise Unavailable("a Settle without timelines, or with another number of entries")
+        job = Job(token, bytearray(len(entries)), [0] * len(entries), len(entries), settle=True)
+        deadline = now + message.timeout_ms / 1000
+        self.core.counters.add("settles", len(entries))
+        for index, (key, entry) in enumerate(zip(message.timelines, entries, strict=True)):
+            self.proposer.settle(self.core.timeline(key), SettleWaiter(entry, deadline, job, index), now)
+
+    def ask(self, now: float, token: int, message: Check | AskVersions | AskChosen | Scan) -> None:
+        """Answer a question about what this replica has; the answer leaves by `token`, after what it depends on."""
+        self.require_voting()
+        self._now = now
+        answer: Message
+        if isinstance(message, Check):
+            self._require_owned(message.timelines)
+            answer, after = self.reads.check(message)
+        elif isinstance(message, AskVersions):
+            self._require_owned(message.timelines)
+            answer, after = self.reads.versions(message)
+        elif isinstance(message, AskChosen):
+            answer, after = self.reads.chosen_list(message, self.owned), 0
+        else:
+            answer, after = self.scans.scan(message, self.owned)
+        self.core.reply(token, answer, after)
+
+    def _require_owned(self, timelines: list[bytes]) -> None:
+        for key in timelines:
+            if int.from_bytes(key[:4], "big") not in self._owned_set:
+                raise Unavailable(f"bucket {int.from_bytes(key[:4], 'big')} belongs to another group: the map is old")
+
+    # ---- peers
+
+    def peer(self, now: float, sender: int, batch: PeerBatch) -> None:
+        """Take what a peer has to say. Its life is noted durably before anything is answered."""
+        self._now = now
+        if sender not in self.core.peers or batch.life[0] != sender:
+            return
+        mine = self.core.life
+        if (batch.incarnation_seen, batch.boot_seen) > mine[1:]:
+            self.state = FENCED
+            self.reason = (
+                f"replica {sender} has seen a later life of this one (incarnation {batch.incarnation_seen}, boot "
+                f"{batch.boot_seen}; this is {mine[1]}, {mine[2]}): the data folder is from the past"
+            )
+            return
+        known = self.core.lives.get(sender)
+        if known is not None and batch.life < known:
+            self.core.counters.add("outdated_lives_refused")
+            return
+        if batch.life != known:
+            self.core.lives[sender] = batch.life
+            self.core.engine.put(life_key(sender), _encode_life(batch.life))
+            self._life_noted_in = self.core.engine.sequence
+        if self.state == JOINING and (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
+            self.state, self.reason = VOTING, ""
+        if self.state != VOTING:
+            return
+        for message in batch.messages:
+            if message.timeline[:4] and int.from_bytes(message.timeline[:4], "big") in self._owned_set:
+                self._peer_message(now, sender, batch.life[1], message)
+
+    def _peer_message(self, now: float, sender: int, incarnation: int, message: PeerMessage) -> None:
+        timeline = self.core.timeline(message.timeline)
+        match message:
+            case Accept():
+                self.acceptor.on_accept(timeline, sender, message, now)
+            case Accepted():
+                self.proposer.on_accepted(timeline, sender, incarnation, message, now)
+            case Chosen():
+                self.acceptor.on_chosen(timeline, sender, message, now)
+            case Prepare():
+                self.acceptor.on_prepare(timeline, sender, message, now)
+            case Promise():
+                self.proposer.on_promise(timeline, sender, incarnation, message, now)
+            case Nack():
+                self.proposer.on_nack(timeline, sender, message, now)
+            case Fetch():
+                self.catch_up.on_fetch(timeline, sender, message)
+            case Entries():
+                self.catch_up.on_entries(timeline, sender, message, now)
+            case State():
+                self.catch_up.on_state(timeline, sender, message, now)
+
+    def note_behind(self, now: float, peer: int, timeline: bytes, chosen: int) -> bool:
+        """A comparison showed that `peer` has `chosen` entries: fetch what is missing. True if something is."""
+        found = self.core.timeline(timeline)
+        if found.chosen >= chosen:
+            return False
+        self.acceptor.fetch(found, peer, now)
+        return True
+
+    # ---- time and durability
+
+    def tick(self, now: float) -> None:
+        """Let deadlines, repeats and delayed notes happen."""
+        self._now = now
+        for key in self.core.due(now):
+            self.proposer.wake(self.core.timeline(key), now)
+        self.proposer.tell_chosen(now)
+        if self.core.unmarked and self._mark_at is None:
+            self._mark_at = now + self.core.settings.mark_delay_s
+        elif self._mark_at is not None and now >= self._mark_at:
+            self.core.mark_all()
+            self._mark_at = None
+        if self.core.peers and now >= self._hello_at:
+            self._hello_at = now + (HELLO_S if self.state == JOINING else 10 * HELLO_S)
+            self._hello = True
+
+    def next_due(self) -> float:
+        """When `tick` has something to do next (monotonic seconds)."""
+        times = [self._hello_at, self.core.next_due(), self.proposer.next_due(), self._mark_at]
+        return min(time for time in times if time is not None)
+
+    def durable(self, now: float, batch: int) -> None:
+        """All engine batches up to `batch` are on disk."""
+        self._now = now
+        self.core.durable = max(self.core.durable, batch)
+        self.proposer.durable(now)
+
+    def run_chores(self, now: float) -> bool:
+        """Do a slice of background work; True if there is more."""
+        self._now = now
+        return self.state == VOTING and self.chores.run(now)
+
+    # ---- output
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether anything in the outbox, or an own vote, waits for the engine's log to be flushed."""
+        durable = self.core.durable
+        return (
+            self.proposer.waits_for_disk
+            or self._life_noted_in > durable
+            or any(after > durable for after, _, _ in self.core.messages)
+            or any(after > durable for after, _, _ in self.core.replies)
+        )
+
+    def take(self, now: float) -> Output:
+        """What may leave now."""
+        output = Output()
+        core = self.core
+        for key in core.due(now):
+            self.proposer.wake(core.timeline(key), now)
+        if core.replies:
+            output.replies = [(token, message) for after, token, message in core.replies if after <= core.durable]
+            core.replies = [reply for reply in core.replies if reply[0] > core.durable]
+        if self._life_noted_in > core.durable:
+            return output  # a peer's life must be on disk before it hears from us
+        if core.messages:
+            self.proposer.tell_chosen(now, force=True)
+        leaving: dict[int, list[PeerMessage]] = {peer: [] for peer in core.peers} if self._hello else {}
+        staying = []
+        for after, peer, message in core.messages:
+            if after <= core.durable:
+                leaving.setdefault(peer, []).append(message)
+            else:
+                staying.append((after, peer, message))
+        core.messages = staying
+        self._hello = False
+        for peer, messages in leaving.items():
+            output.peers += [(peer, batch) for batch in self._batches(peer, messages)]
+        return output
+
+    def _batches(self, peer: int, messages: list[PeerMessage]) -> list[PeerBatch]:
+        """Messages for one peer as frames of bounded size; normally one."""
+        _, incarnation, boot = self.core.lives.get(peer, (peer, 0, 0))
+        batches: list[list[PeerMessage]] = [[]]
+        size = 0
+        for message in messages:
+            weight = _weight(message)
+            if batches[-1] and size + weight > self.core.settings.message_bytes:
+                batches.append([])
+                size = 0
+            batches[-1].append(message)
+            size += weight
+        self.core.counters.add("peer_batches", len(batches))
+        self.core.counters.add("peer_messages", len(messages))
+        return [PeerBatch(self.core.life, incarnation, boot, batch) for batch in batches]
+
+    def _on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
+        self.proposer.on_chosen(timeline, entry, request_ids, self._now)
+        if is_system(timeline.key):
+            self.catch_up.on_system_chosen(timeline, self._now)
+        self.chores.trim(timeline)
+
+
+def _weight(message: PeerMessage) -> int:
+    match message:
+        case Accept(value=value) | Promise(value=value) if value is not None:
+            return 64 + sum(map(len, value.values)) + sum(map(len, value.keys))
+        case Entries(values=values):
+            return 64 + sum(sum(map(len, value.values)) + sum(map(len, value.keys)) for value in values)
+        case State(rows=rows, row_keys=row_keys):
+            return 64 + sum(map(len, rows)) + sum(map(len, row_keys))
+        case _:
+            return 64
+
+
+def _encode_life(life: Life) -> bytes:
+    return b"".join(part.to_bytes(8, "big") for part in life)
+
+
+def _decode_life(row: bytes) -> Life:
+    return tuple(int.from_bytes(row[at : at + 8], "big") for at in (0, 8, 16))  # type: ignore[return-value]

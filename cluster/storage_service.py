@@ -1,0 +1,448 @@
+"""The storage node: feeds a `Replica` and its engine, and carries out what they say.
+
+One event loop, one replica, one flusher thread. Whatever arrives in one turn of the loop is one step: the replica
+takes it all, the engine gets one batch, the log is flushed once (while a flush runs the next step gathers), and each
+peer gets one message. Only what waits for the disk waits; the rest of a step leaves at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .cache_service import CacheService
+from .carriers.base import CallError, Carrier
+from .config import StorageConfig
+from .counters import Counters
+from .engine import EngineFailed, RocksEngine
+from .errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
+from .identity import Identity
+from .messages import (
+    AskChosen,
+    AskVersions,
+    Check,
+    ChosenList,
+    Message,
+    PeerBatch,
+    Ping,
+    Pong,
+    ReadItems,
+    ReadPages,
+    Scan,
+    Settle,
+    Write,
+    unpack_i64,
+)
+from .paxos.core import Settings
+from .paxos.replica import VOTING, Replica
+from .paxos.rows import IDENTITY_KEY
+from .routing import Routing
+from .topology import Topology
+
+logger = logging.getLogger(__name__)
+
+CHORE_SLICE_S = 0.002
+REOPEN_S = 1.0
+FETCHES_AT_ONCE = 200
+ENGINE_FOLDER = "engine"
+
+
+def wall_us() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+class StorageService:
+    """One storage replica without its surroundings; see `service.Service`.
+
+    It answers `Unavailable` until `allow_votes` was called, until a peer has confirmed its life, and while its disk
+    fails; `status()` says which.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        group: int,
+        replica: int,
+        folder: Path,
+        identity: Identity,
+        topology: Topology,
+        carrier: Carrier,
+        config: StorageConfig,
+        counters: Counters,
+        seed: int | None = None,
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.number = replica
+        self.counters = counters
+        self._folder = folder / ENGINE_FOLDER
+        self._identity = identity
+        self._carrier = carrier
+        self._config = config
+        self._routing = Routing(topology)
+        self._random = random.Random(seed)
+        self._settings = settings_of(config)
+        self._reader = CacheService(
+            name,
+            group,
+            topology,
+            carrier,
+            budget_bytes=0,
+            page_items=1,
+            block_cache_bytes=0,
+            max_queued_requests=10_000,
+            counters=Counters(),
+            seed=self._random.getrandbits(32),
+        )
+        self._engine: RocksEngine | None = None
+        self._replica: Replica | None = None
+        self._failed = "not started"
+        self._votes_allowed = False
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._writes: set[int] = set()
+        self._token = 0
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
+        self._flushing = False
+        self._pump_planned = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._caught_up: dict[str, Any] = {"rounds": 0, "behind": 0}
+
+    # ------------------------------------------------------------ Service
+
+    async def start(self) -> None:
+        """Open the engine. Raises Corrupt when the data is damaged, Unavailable when the disk refuses."""
+        await self._reader.start()
+        self._open()
+        self._keep(self._do_chores())
+        self._keep(self._catch_up())
+        self._plan_pump()
+
+    def allow_votes(self) -> None:
+        """The folder is known as formatted: from now on this replica may answer."""
+        self._votes_allowed = True
+        self._plan_pump()
+
+    async def handle(self, message: Message) -> Message | None:
+        answer: Message | None
+        match message:
+            case PeerBatch():
+                if self._replica is not None and self._votes_allowed:
+                    self._guard(lambda replica: replica.peer(self._now(), message.life[0], message))
+                return None
+            case Write():
+                return await self._wait(message, lambda r, token: r.write(self._now(), token, message))
+            case Settle():
+                return await self._wait(message, lambda r, token: r.settle(self._now(), token, message))
+            case Check() | AskVersions() | AskChosen() | Scan():
+                return await self._wait(message, lambda r, token: r.ask(self._now(), token, message))
+            case ReadPages() | ReadItems():
+                self._require_replica()
+                return await self._reader.handle(message)
+            case Ping():
+                return Pong()
+            case _:
+                raise Unavailable(f"{self.name} does not answer a {type(message).__name__}")
+
+    def update(self, topology: Topology) -> None:
+        self._routing = Routing(topology)
+        self._reader.update(topology)
+
+    def status(self) -> dict[str, Any]:
+        replica, engine = self._replica, self._engine
+        state, reason = ("failed", self._failed) if replica is None else (replica.state, replica.reason)
+        if replica is not None and not self._votes_allowed:
+            state, reason = "joining", "waiting for the Router to note that the data folder is formatted"
+        figures: dict[str, Any] = {
+            "state": state,
+            "reason": reason,
+            "incarnation": self._identity.incarnation,
+            "boot": self._identity.boot,
+            "catch_up": dict(self._caught_up),
+        }
+        if replica is not None and engine is not None:
+            figures |= {
+                "engine_bytes": engine.size_bytes(),
+                "timelines_in_memory": replica.core.in_memory(),
+                "queued_requests": replica.proposer.queued,
+                "chores": replica.chores.pending,
+                "lives": {str(peer): list(life) for peer, life in replica.core.lives.items()},
+            }
+        return figures
+
+    async def stop(self) -> None:
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._reader.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        replica, self._replica, self._failed = self._replica, None, "stopped"
+        self._fail_waiting("the node stops")
+        if replica is not None:
+            replica.core.mark_all()
+        await asyncio.get_running_loop().run_in_executor(self._flusher, lambda: None)  # a flush under way ends first
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._flusher.shutdown()
+
+    # ------------------------------------------------------------ engine and replica
+
+    def _open(self) -> None:
+        """Open the engine and begin a life."""
+        identity = self._identity
+        engine = RocksEngine(
+            self._folder,
+            create=not identity.formatted,
+            cache_mb=self._config.engine_cache_mb,
+            write_buffer_mb=self._config.engine_write_buffer_mb,
+        )
+        try:
+            self._check_identity(engine)
+            engine.put(IDENTITY_KEY, self._identity_row())
+            engine.commit()
+            engine.sync()
+        except TimeTierError:
+            engine.close()
+            raise
+        self._engine = engine
+        self._replica = Replica(
+            replica=self.number,
+            replicas=self._routing.topology.storage_replicas,
+            life=(self.number, identity.incarnation, identity.boot),
+            buckets=self._routing.topology.buckets,
+            owned=self._routing.buckets_of_storage_group(self.group).tolist(),
+            engine=engine,
+            settings=self._settings,
+            rng=self._random,
+            wall_us=wall_us,
+            counters=self.counters,
+        )
+        self._failed = ""
+
+    def _identity_row(self) -> bytes:
+        return f"{self._identity.cluster_id} {self._identity.node} {self._identity.incarnation}".encode()
+
+    def _check_identity(self, engine: RocksEngine) -> None:
+        found = engine.get(IDENTITY_KEY)
+        if found is None and self._identity.formatted:
+            raise Corrupt(f"{self._folder} holds an empty database, but {self.name} has been formatted before")
+        if found is not None and found != self._identity_row():
+            raise Corrupt(
+                f"{self._folder} holds the database of {found.decode()}, not of {self._identity_row().decode()}"
+            )
+
+    def _break(self, error: Exception) -> None:
+        """The disk or the core failed: nothing in memory can be trusted. End this life, begin the next one."""
+        logger.error("%s ends this life: %s", self.name, error)
+        self.counters.add("lives_ended_by_errors")
+        self._replica, self._failed = None, str(error)
+        self._fail_waiting(f"{self.name}: {error}")
+        engine, self._engine = self._engine, None
+        self._keep(self._reopen(engine))
+
+    async def _reopen(self, failed: RocksEngine | None) -> None:
+        if failed is not None:
+            # In the flusher's thread, so that a flush under way ends before the engine closes.
+            await asyncio.get_running_loop().run_in_executor(self._flusher, failed.abandon)
+        while self._replica is None:
+            await asyncio.sleep(REOPEN_S)
+            try:
+                await asyncio.to_thread(self._identity.begin_life)
+                self._open()
+            except (TimeTierError, OSError) as error:
+                self._failed = str(error)
+        self._plan_pump()
+
+    # ------------------------------------------------------------ steps
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
+
+    def _require_replica(self) -> Replica:
+        if self._replica is None:
+            raise Unavailable(f"{self.name} has failed: {self._failed}", retry_after_s=REOPEN_S)
+        if not self._votes_allowed:
+            raise Unavailable(f"{self.name} is joining", retry_after_s=0.2)
+        return self._replica
+
+    async def _wait(self, message: Message, step: Callable[[Replica, int], None]) -> Message:
+        """Give a request to the replica and wait for its answer."""
+        self._require_replica().require_voting()
+        self._token = token = self._token + 1
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[token] = future
+        if isinstance(message, Write):
+            self._writes.add(token)
+        try:
+            self._guard(lambda replica: step(replica, token))
+            return await future
+        finally:
+            self._waiting.pop(token, None)
+            self._writes.discard(token)
+
+    def _guard(self, step: Callable[[Replica], None]) -> None:
+        """Let the replica take something. Errors of the request go to its sender; all others end this life."""
+        replica = self._replica
+        if replica is None:
+            return
+        try:
+            step(replica)
+        except (EngineFailed, AssertionError) as error:
+            self._break(error)
+            raise OutcomeUnknown(f"{self.name} failed: {error}") from error
+        self._plan_pump()
+
+    def _plan_pump(self) -> None:
+        if not self._pump_planned:
+            self._pump_planned = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """End a step: send what may leave, give the engine its batch, flush it if anything waits for that."""
+        self._pump_planned = False
+        replica, engine = self._replica, self._engine
+        if replica is None or engine is None or not self._votes_allowed:
+            return
+        now = self._now()
+        try:
+            replica.tick(now)
+            self._send(replica, now)
+            engine.commit()
+        except (EngineFailed, AssertionError) as error:
+            self._break(error)
+            return
+        if not self._flushing and replica.waits_for_disk:
+            self._flushing = True
+            self._keep(self._flush(replica, engine))
+        self._plan_timer(replica)
+
+    def _send(self, replica: Replica, now: float) -> None:
+        output = replica.take(now)
+        for token, answer in output.replies:
+            future = self._waiting.get(token)
+            if future is not None and not future.done():
+                future.set_result(answer)
+        for peer, batch in output.peers:
+            self._carrier.send(self._routing.topology.storage_node(self.group, peer), batch)
+
+    async def _flush(self, replica: Replica, engine: RocksEngine) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._replica is replica and replica.waits_for_disk:
+                batch = engine.commit()
+                began = time.perf_counter()
+                await loop.run_in_executor(self._flusher, engine.sync)
+                self.counters.add("fsyncs")
+                self.counters.add("fsync_us", int((time.perf_counter() - began) * 1e6))
+                if self._replica is replica:
+                    replica.durable(self._now(), batch)
+                    self._send(replica, self._now())
+        except (EngineFailed, AssertionError) as error:
+            if self._replica is replica:
+                self._break(error)
+        finally:
+            self._flushing = False
+        self._plan_pump()
+
+    def _plan_timer(self, replica: Replica) -> None:
+        loop = asyncio.get_running_loop()
+        wait_s = max(replica.next_due() - self._now(), 0.0005)
+        when = loop.time() + min(wait_s, 0.5)
+        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer.when() <= when:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self._pump)
+
+    def _fail_waiting(self, reason: str) -> None:
+        for token, future in self._waiting.items():
+            if not future.done():
+                kind = OutcomeUnknown if token in self._writes else Unavailable
+                future.set_exception(kind(reason))
+
+    def _keep(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------ background
+
+    async def _do_chores(self) -> None:
+        """Evict, purge: a slice of a few milliseconds at a time, half of the time at the most."""
+        while True:
+            more = False
+            if self._replica is not None and self._votes_allowed:
+                ends = self._now() + CHORE_SLICE_S
+                try:
+                    while self._now() < ends and (more := self._replica.run_chores(self._now())):
+                        pass
+                except (EngineFailed, AssertionError) as error:
+                    self._break(error)
+                self._plan_pump()
+            await asyncio.sleep(CHORE_SLICE_S if more else 0.1)
+
+    async def _catch_up(self) -> None:
+        """Compare with each peer after a start, and now and then: a replica that was away fetches what it missed."""
+        pause_s = 0.5
+        while True:
+            await asyncio.sleep(pause_s)
+            replica = self._replica
+            if replica is None or replica.state != VOTING:
+                continue
+            compared = 0
+            for peer in replica.core.peers:
+                try:
+                    await self._compare(replica, peer)
+                    compared += 1
+                except (CallError, TimeTierError) as error:
+                    self._caught_up["reason"] = f"replica {peer}: {error}"
+            self._caught_up["rounds"] += compared == len(replica.core.peers)
+            pause_s = self._config.catch_up_interval_s if compared == len(replica.core.peers) else 2.0
+
+    async def _compare(self, replica: Replica, peer: int) -> None:
+        node = self._routing.topology.storage_node(self.group, peer)
+        bucket, cursor = 0, b""
+        behind = 0
+        while bucket >= 0 and self._replica is replica:
+            answer = await self._carrier.call(node, AskChosen(bucket, cursor), 5.0)
+            if not isinstance(answer, ChosenList):
+                raise Unavailable(f"{node} answered with a {type(answer).__name__}: {getattr(answer, 'message', '')}")
+            chosen = unpack_i64(answer.chosen)
+            for start in range(0, len(chosen), FETCHES_AT_ONCE):
+                names = answer.timelines[start : start + FETCHES_AT_ONCE]
+                now = self._now()
+                fetched = sum(
+                    replica.note_behind(now, peer, name, entries)
+                    for name, entries in zip(names, chosen[start : start + FETCHES_AT_ONCE], strict=True)
+                )
+                behind += fetched
+                if fetched:
+                    self._plan_pump()
+                await asyncio.sleep(0.02 if fetched else 0)
+            bucket, cursor = answer.next_bucket, answer.next_cursor
+        self._caught_up["behind"] = behind
+
+
+def settings_of(config: StorageConfig) -> Settings:
+    """The replica's settings from the configuration."""
+    return Settings(
+        timelines_in_memory=config.timelines_in_memory,
+        request_id_entries=config.request_id_entries,
+        log_keep_entries=config.log_keep_entries,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_bytes=config.max_queued_mb << 20,
+        accept_timeout_s=config.accept_timeout_ms / 1000,
+        backoff_s=config.prepare_backoff_ms / 1000,
+    )
