@@ -141,6 +141,11 @@ class Proposer:
         self._set_due(timeline, proposal, now)
 
     def _send_accept(self, timeline: Timeline, proposal: Proposal, value: Value, now: float) -> None:
+        against = max(timeline.promised, timeline.accepted)
+        if against > proposal.ballot:
+            # Our own acceptor has promised somebody else meanwhile: its promise binds us like any other's.
+            self._back_off(timeline, proposal, against, now)
+            return
         proposal.phase = ACCEPT
         proposal.value = value
         proposal.votes.clear()
@@ -219,13 +224,16 @@ class Proposer:
             return
         if message.promised < message.ballot and message.ballot[0] > 0:
             return
+        self._back_off(timeline, proposal, message.promised, now)
+
+    def _back_off(self, timeline: Timeline, proposal: Proposal, against: Ballot, now: float) -> None:
         settings = self.core.settings
         timeline.backoff_s = min(max(timeline.backoff_s * 2, settings.backoff_s), settings.backoff_max_s)
         proposal.phase = BACKOFF
         proposal.attempts += 1
-        proposal.ballot = (max(proposal.ballot[0], message.promised[0]), self.core.life)
+        proposal.ballot = (max(proposal.ballot[0], against[0]), self.core.life)
         proposal.due = now + self.core.rng.uniform(0, timeline.backoff_s)
-        self.core.counters.add("nacks")
+        self.core.counters.add("backoffs")
         self.core.wake_at(proposal.due, timeline.key)
 
     @staticmethod
@@ -292,8 +300,9 @@ class Proposer:
         """Tell peers what was chosen, when the delay is over or when a message leaves for them anyway."""
         if self._tell_at is None or not (force or now >= self._tell_at):
             return
-        for key, (entry, ballot) in self._untold.items():
-            self.core.broadcast(Chosen(key, entry, ballot))
+        told = [Chosen(key, entry, ballot) for key, (entry, ballot) in self._untold.items()]
+        # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
+        self.core.messages[:0] = [(0, peer, message) for message in told for peer in self.core.peers]
         self._untold.clear()
         self._tell_at = None
 
