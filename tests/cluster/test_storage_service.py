@@ -1,0 +1,167 @@
+"""Storage nodes over real RocksDB folders: group commit, restarts, refused folders, failing disks."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+from storage_cluster import BUCKETS, StorageCluster, wait_for
+from timetier.cluster.cold.link import FENCE_KEY
+from timetier.cluster.engine import EngineFailed
+from timetier.cluster.errors import Corrupt
+from timetier.cluster.identity import Refused
+from timetier.cluster.keys import item_key, priority, system_timeline, timeline_key
+from timetier.cluster.messages import (
+    OK,
+    PUT,
+    Check,
+    Checked,
+    Failure,
+    Pages,
+    ReadPages,
+    pack_i64,
+    pack_u32,
+    unpack_i64,
+)
+
+ALICE = timeline_key(b"t", b"alice", BUCKETS)
+FIRST, SECOND, THIRD = priority(ALICE, 3)
+
+
+def rid(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+async def items_of(cluster: StorageCluster, number: int, limit: int = 1000) -> dict[bytes, bytes]:
+    message = Check([ALICE], pack_i64([-1]), b"\x01", [b""], pack_u32([limit]))
+    answer = await cluster.client.call(f"storage-0-{number}", message, 5.0)
+    assert isinstance(answer, Checked), answer
+    return {k: v for kind, k, v in zip(answer.kinds, answer.keys, answer.values, strict=True) if kind == PUT}
+
+
+def test_concurrent_writes_share_fsyncs(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            before = cluster.services[FIRST].counters.totals.get("fsyncs", 0)
+            timelines = [timeline_key(b"t", b"owner%d" % n, BUCKETS) for n in range(500)]
+            mine = [t for t in timelines if priority(t, 3)[0] == FIRST]
+            writes = [cluster.put(FIRST, t, rid(n), [(item_key(n), b"x")]) for n, t in enumerate(mine)]
+            assert all(outcome == OK for outcome, _ in await asyncio.gather(*writes))
+            assert cluster.services[FIRST].counters.totals["fsyncs"] - before < len(mine) / 4
+
+    asyncio.run(run())
+
+
+def test_a_restarted_group_has_everything_that_was_acknowledged(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            for number in range(30):
+                assert (await cluster.put(FIRST, ALICE, rid(number), [(item_key(number), b"%d" % number)]))[0] == OK
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(SECOND, ALICE, rid(99), [(item_key(99), b"99")], seen=30)) == (OK, 31)
+            expected = {item_key(n): b"%d" % n for n in [*range(30), 99]}
+            assert await items_of(cluster, SECOND) == expected
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_was_away_catches_up_without_being_asked(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            await cluster.stop(THIRD)
+            for number in range(20):
+                assert (await cluster.put(FIRST, ALICE, rid(number), [(item_key(number), b"x")], seen=number))[0] == OK
+            service = await cluster.start(THIRD)
+            replica = service._replica
+            assert replica is not None
+            await wait_for(lambda: replica.core.timeline(ALICE).chosen == 20, "the replica to catch up")
+            assert len(await items_of(cluster, THIRD)) == 20
+
+    asyncio.run(run())
+
+
+def test_a_lost_data_folder_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")])
+            await cluster.stop(THIRD)
+            shutil.move(tmp_path / f"storage-0-{THIRD}", tmp_path / "away")
+            with pytest.raises(Refused, match="must not vote"):
+                await cluster.start(THIRD, may_format=False)
+            shutil.rmtree(tmp_path / f"storage-0-{THIRD}", ignore_errors=True)
+            shutil.move(tmp_path / "away", tmp_path / f"storage-0-{THIRD}")
+            shutil.rmtree(tmp_path / f"storage-0-{THIRD}" / "engine")
+            with pytest.raises(Corrupt, match="formatted before"):
+                await cluster.start(THIRD)
+            assert (await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1))[0] == OK
+
+    asyncio.run(run())
+
+
+def test_another_replicas_database_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            await cluster.stop(SECOND)
+            await cluster.stop(THIRD)
+            shutil.rmtree(tmp_path / f"storage-0-{THIRD}" / "engine")
+            shutil.copytree(tmp_path / f"storage-0-{SECOND}" / "engine", tmp_path / f"storage-0-{THIRD}" / "engine")
+            with pytest.raises(Corrupt, match="holds the database of"):
+                await cluster.start(THIRD)
+
+    asyncio.run(run())
+
+
+def test_a_failing_disk_ends_the_life_and_the_next_one_serves_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            service = cluster.services[FIRST]
+            engine = service._engine
+            assert engine is not None
+
+            def refuse() -> None:
+                raise EngineFailed("no space left on device")
+
+            engine.sync = refuse  # type: ignore[method-assign]
+            answer = asyncio.create_task(cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1))
+            await wait_for(lambda: service.status()["state"] == "failed", "the life to end")
+            with pytest.raises(AssertionError, match="OutcomeUnknown"):
+                await answer
+            refused = await cluster.client.call(f"storage-0-{FIRST}", ReadPages(1, [ALICE], [b""], pack_u32([1]), 500), 2.0)
+            assert isinstance(refused, Failure)
+            assert (await cluster.put(SECOND, ALICE, rid(3), [(item_key(3), b"x")], seen=1))[0] == OK
+            await wait_for(lambda: service.status()["state"] == "voting", "the next life")
+            assert service.status()["boot"] == 2
+            assert (await cluster.put(FIRST, ALICE, rid(4), [(item_key(4), b"x")], seen=2))[0] == OK
+            assert item_key(1) in await items_of(cluster, FIRST)
+
+    asyncio.run(run())
+
+
+def test_storage_nodes_answer_reads_when_there_is_no_cache_node(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            for number in range(5):
+                await cluster.put(FIRST, ALICE, rid(number), [(item_key(number), b"%d" % number)], seen=number)
+            for number in range(3):
+                message = ReadPages(1, [ALICE], [b""], pack_u32([3]), 2000)
+                answer = await cluster.client.call(f"storage-0-{number}", message, 5.0)
+                assert isinstance(answer, Pages), answer
+                assert answer.values == [b"4", b"3", b"2"]
+                assert unpack_i64(answer.timeline_versions) == [5]
+
+    asyncio.run(run())
+
+
+def test_a_fence_in_a_system_timeline_is_no_link(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            outcome, _ = await cluster.put(0, system_timeline(5), rid(1), [(FENCE_KEY, b"run-1")])
+            assert outcome == OK
+            await wait_for(
+                lambda: all(s.status()["chores"] == 0 for s in cluster.services.values()), "the chores to end"
+            )
+
+    asyncio.run(run())
