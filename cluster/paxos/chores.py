@@ -12,10 +12,11 @@ value that is gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..cold.link import Link
 from ..keys import bucket_of, bucket_prefix, is_system, split_timeline, timeline_hash, timestamp_floor
+from ..messages import NO_BALLOT
 from .acceptor import Acceptor
 from .core import Core, Timeline
 from .links import LinkIndex
@@ -37,12 +38,16 @@ RETRY_S = 0.5
 class Chores:
     """Background work on the rows of one replica; `run` does a bounded slice of it."""
 
-    def __init__(self, core: Core, acceptor: Acceptor, links: LinkIndex) -> None:
+    def __init__(
+        self, core: Core, acceptor: Acceptor, links: LinkIndex, settle: Callable[[Timeline, float], None]
+    ) -> None:
         self.core = core
         self.acceptor = acceptor
         self.links = links
+        self.settle = settle
         self._ready: deque[bytes] = deque()  # chore keys
         self._later: list[tuple[float, bytes]] = []
+        self._retried: set[bytes] = set()
         self._running: Iterator[bool] | None = None
         self._current = b""
 
@@ -69,6 +74,7 @@ class Chores:
         done = next(self._running, None)
         if done is None:
             self._running = None
+            self._retried.discard(self._current)
             self.core.engine.delete(self._current)
         elif not done:
             self._running = None
@@ -81,27 +87,33 @@ class Chores:
         timeline = self.core.timeline(key)
         if timeline.chosen < entry:
             if timeline.record is not None:
-                yield False  # accepted and not yet chosen, or never to be: the next entry will tell
+                # Accepted, not known to be chosen. After a restart nobody may remember: then find out.
+                if name in self._retried:
+                    self.settle(timeline, now)
+                self._retried.add(name)
+                yield False
             return
         if is_system(key):
+            # The engine's log keeps its order: if an eviction survives a crash, so does the link being chosen.
+            self.core.mark(timeline)
             yield from self._evict_bucket(bucket_of(key), entry, now)
         else:
-            yield from self._purge(timeline)
+            yield from self._purge(key)
 
     # ---- purge
 
-    def _purge(self, timeline: Timeline) -> Iterator[bool]:
-        prefix = rows_prefix(timeline.key)
-        wiped = timeline.wiped
+    def _purge(self, key: bytes) -> Iterator[bool]:
+        prefix = rows_prefix(key)
+        wiped = self.core.timeline(key).wiped
         doomed: list[bytes] = []
         for seen, (name, _) in enumerate(self.core.engine.scan(prefix, prefix_end(prefix)), 1):
             if version_of(name) <= wiped:
                 doomed.append(name)
             if seen % self.core.settings.chore_rows == 0:
-                self._delete(timeline, doomed, wiped)
+                self._delete(self.core.timeline(key), doomed, wiped)
                 doomed = []
                 yield True
-        self._delete(timeline, doomed, wiped)
+        self._delete(self.core.timeline(key), doomed, wiped)
 
     def _delete(self, timeline: Timeline, names: list[bytes], floor: int) -> None:
         if not names:
@@ -142,8 +154,12 @@ class Chores:
         """Delete the rows of one timeline that the link's blocks hold. False if this replica is behind."""
         version = link.version_of(timeline_hash(link.table, split_timeline(timeline.key)[2]))
         if timeline.chosen < version:
+            # Behind, or all replicas have restarted and none remembers that its last entry was chosen.
             for peer in self.core.peers:
+                timeline.asked_until = 0.0
                 self.acceptor.fetch(timeline, peer, now)
+            if timeline.accepted != NO_BALLOT:
+                self.settle(timeline, now)
             return False
         prefix = rows_prefix(timeline.key)
         low = prefix + timestamp_floor(link.window_start)

@@ -266,8 +266,6 @@ class Core:
         if found is None:
             found = self._load(key)
             self._timelines[key] = found
-            if len(self._timelines) > self.settings.timelines_in_memory:
-                self._shrink()
         else:
             self._timelines.move_to_end(key)
         return found
@@ -275,10 +273,6 @@ class Core:
     def in_memory(self) -> int:
         """Number of timelines held in memory."""
         return len(self._timelines)
-
-    def loaded(self, key: bytes) -> Timeline | None:
-        """State of a timeline if it is in memory."""
-        return self._timelines.get(key)
 
     def _load(self, key: bytes) -> Timeline:
         row = self.engine.get(meta_key(key))
@@ -308,9 +302,14 @@ class Core:
             timeline.wiped = timeline.chosen - 1
         timeline.record, timeline.accepted = None, NO_BALLOT
 
-    def _shrink(self) -> None:
-        """Drop timelines that nobody works on, oldest use first; keep the rest, however many they are."""
+    def shrink(self) -> None:
+        """Drop timelines that nobody works on, oldest use first; keep the rest, however many they are.
+
+        Called between steps only: within one, two objects for one timeline would each know half of it.
+        """
         surplus = len(self._timelines) - self.settings.timelines_in_memory
+        if surplus <= 0:
+            return
         for key in list(self._timelines):
             if surplus <= 0:
                 return

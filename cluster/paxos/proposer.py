@@ -51,6 +51,8 @@ from .core import (
 )
 
 MAX_IDS_PER_ENTRY = 256
+QUIET_SETTLE_S = 2.0
+NOBODY = -1  # token of a job that nobody waits for
 
 
 class Proposer:
@@ -99,6 +101,12 @@ class Proposer:
         self.core.wake_at(waiter.deadline, timeline.key)
         if timeline.proposal is None:
             self.start(timeline, now)
+
+    def settle_quietly(self, timeline: Timeline, now: float) -> None:
+        """Settle the open entry for a chore of our own: nobody waits for the answer."""
+        if not timeline.settles:
+            job = Job(NOBODY, bytearray(1), [0], 1, settle=True)
+            self.settle(timeline, SettleWaiter(timeline.chosen + 1, now + QUIET_SETTLE_S, job, 0), now)
 
     # ---- a proposal's life
 
@@ -434,7 +442,7 @@ class Proposer:
         job.versions[index] = version
         job.after = max(job.after, after)
         job.open -= 1
-        if job.open == 0:
+        if job.open == 0 and job.token != NOBODY:
             answer = (Settled if job.settle else Written)(bytes(job.outcomes), pack_i64(job.versions))
             self.core.reply(job.token, answer, job.after)
 

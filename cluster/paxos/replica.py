@@ -111,7 +111,7 @@ class Replica:
         self.acceptor = Acceptor(self.core)
         self.proposer = Proposer(self.core, self.acceptor)
         self.catch_up = CatchUp(self.core, self.acceptor)
-        self.chores = Chores(self.core, self.acceptor, self.links)
+        self.chores = Chores(self.core, self.acceptor, self.links, self.proposer.settle_quietly)
         self.reads = Reads(self.core, self.acceptor, self.links)
         self.scans = Scans(self.core, self.links)
         self.state = JOINING if self.core.peers else VOTING
@@ -339,6 +339,7 @@ class Replica:
         """What may leave now."""
         output = Output()
         core = self.core
+        core.shrink()
         for key in core.due(now):
             self.proposer.wake(core.timeline(key), now)
         if core.replies:
