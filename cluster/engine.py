@@ -9,9 +9,9 @@ core knows by the number when an answer that depends on a write may leave.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from rocksdict import (
     AccessType,
@@ -133,9 +133,9 @@ class RocksEngine:
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(high)
         if not reverse:
-            return cast(Iterator[tuple[bytes, bytes]], self._db.items(from_key=low, read_opt=bounds))
+            return _holding(bounds, self._db.items(from_key=low, read_opt=bounds))
         # rocksdict 0.3.29 takes a lower bound for an upper one, so the way down ends here instead of in RocksDB.
-        down = cast(Iterator[tuple[bytes, bytes]], self._db.items(backwards=True, read_opt=bounds))
+        down = _holding(bounds, self._db.items(backwards=True, read_opt=bounds))
         return itertools.takewhile(lambda row: row[0] >= low, down)
 
     def size_bytes(self) -> int:
@@ -153,3 +153,13 @@ class RocksEngine:
         self.commit()
         self._db.flush_wal(True)
         self._db.close()
+
+
+def _holding(bounds: ReadOptions, rows: Iterable[Any]) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of an iterator that is open already.
+
+    RocksDB keeps only a pointer to the upper bound, which belongs to `bounds` and not to the iterator: were it
+    collected first, the scan would end anywhere.
+    """
+    yield from rows
+    del bounds
