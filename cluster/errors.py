@@ -4,10 +4,13 @@
 `OutcomeUnknown`   the write may or may not have been applied, and may still be: read before you retry.
 `Rejected`         the request can't succeed as it is: change it.
 `Corrupt`          stored bytes are damaged in every copy.
+`WriteManyError`   some writes of one call did not succeed; it holds the outcome of each.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -67,6 +70,50 @@ class TooLarge(Rejected):
 
 class ConfigError(Rejected):
     """A configuration file can't be used; the message names file, field, value and remedy."""
+
+
+class WriteManyError(TimeTierError):
+    """Some items of a call that writes many did not succeed. What succeeded stays written.
+
+    `results`: per item, in the order of the call, its version or its error. All items of one timeline share one
+    outcome. Items that are `Unavailable` can be sent again as they are; read before you repeat an `OutcomeUnknown`
+    one; a `Rejected` one has to be changed.
+    """
+
+    results: Sequence[int | TimeTierError] = ()
+
+    @classmethod
+    def of(cls, results: Sequence[int | TimeTierError]) -> WriteManyError:
+        """Error for these results, with a message that counts them by reason.
+
+        >>> WriteManyError.of([7, Unavailable("no majority"), Unavailable("no majority")])
+        WriteManyError('2 of 3 items were not written: 2 Unavailable (first: no majority)')
+        """
+        failed = [result for result in results if isinstance(result, TimeTierError)]
+        kinds = Counter(type(error).__name__ for error in failed)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        message = f"{len(failed)} of {len(results)} items were not written: {counts} (first: {failed[0]})"
+        return cls(message, results=list(results))
+
+    @property
+    def written(self) -> int:
+        """Number of items that were written."""
+        return sum(not isinstance(result, TimeTierError) for result in self.results)
+
+    @property
+    def unavailable(self) -> int:
+        """Number of items that were surely not written and may be sent again as they are."""
+        return sum(isinstance(result, Unavailable) for result in self.results)
+
+    @property
+    def unknown(self) -> int:
+        """Number of items of which nobody knows whether they were written."""
+        return sum(isinstance(result, OutcomeUnknown) for result in self.results)
+
+    @property
+    def rejected(self) -> int:
+        """Number of items that can't be written as they are."""
+        return sum(isinstance(result, Rejected) for result in self.results)
 
 
 class Corrupt(TimeTierError):

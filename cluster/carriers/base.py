@@ -8,7 +8,9 @@ from typing import Protocol
 import msgspec
 
 from ..errors import TimeTierError
-from ..messages import Failure, Message, decode, encode, failure
+from ..messages import Failure, Message, Pong, decode, encode, failure
+
+_PONG = Pong()
 
 Handler = Callable[[Message], Awaitable[Message | None]]
 """A node's front door: takes a message, answers with one (None for a one-way message)."""
@@ -59,3 +61,8 @@ async def answer_frame(handler: Handler, frame: bytes | memoryview) -> bytes:
     except Exception as error:
         reply_failure: Failure = failure(error)
         return encode(reply_failure)
+
+
+def decode_answer(frame: bytes | memoryview) -> Message:
+    """Message of a reply frame; an empty one, to a message that needs no answer, is a `Pong`."""
+    return decode(frame) if len(frame) else _PONG

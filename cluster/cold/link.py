@@ -10,6 +10,9 @@ older timestamp have expired) and `fence` (written to make pending conditional w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -41,16 +44,40 @@ class Block(msgspec.Struct, array_like=True, frozen=True):
     last_owner: bytes
 
 
+class Carried(msgspec.Struct, array_like=True, frozen=True):
+    """Owners whose rows came with an earlier generation, with the cut-offs and versions of the run that read them.
+
+    Columns as in `Link`. An owner may be in several of them, and beside that in the link itself: each one is a
+    reason of its own to evict.
+    """
+
+    event_before: int
+    written_before: int
+    owners: bytes
+    versions: bytes
+
+
+class Rule(NamedTuple):
+    """One reason to evict rows of one owner within the link's window (see `evict_up_to`)."""
+
+    version: int
+    event_before: int
+    written_before: int
+
+
 class Link(msgspec.Struct, array_like=True, frozen=True):
     """All blocks of one (bucket, table, window), and exactly which rows they stand for.
 
     The blocks hold, for the owner with `owners[i]`, the newest version (not above `versions[i]`) of each item in
     [window_start, window_end) whose timestamp is < `event_before` and that was written < `written_before`, and
     whatever the generation before held and nobody has replaced since. Those rows, and the versions that they
-    supersede, may be evicted once this link is chosen.
+    supersede, may be evicted once this link is chosen: `rules_of` and `evict_up_to` say which. A replica does so for
+    an owner only when it has itself applied that timeline up to the rule's version; before that it may not know
+    which version of an item is the newest.
 
-    `owners`: sorted uint64 hashes (`keys.timeline_hash`), `versions`: int64, parallel: the chosen version of that
-    timeline at which the sink read it. `written_before`: microseconds since 1970.
+    `owners`: sorted uint64 hashes (`keys.timeline_hash`) of all owners that the blocks hold. `versions`: int64,
+    parallel: the chosen version of that timeline at which this run read it, 0 when it did not (then the owner is
+    in `carried`). `written_before`: microseconds since 1970.
     """
 
     format: int
@@ -67,6 +94,7 @@ class Link(msgspec.Struct, array_like=True, frozen=True):
     raw_bytes: int  # keys, ids and values before encoding
     run: str
     blocks: list[Block]
+    carried: list[Carried] = []
 
     @property
     def key(self) -> bytes:
@@ -78,18 +106,50 @@ class Link(msgspec.Struct, array_like=True, frozen=True):
         return np.frombuffer(self.owners, dtype="<u8")
 
     def version_of(self, owner_hash: int) -> int:
-        """Version at which the sink read the owner with this hash, or -1 if the blocks hold nothing of it."""
-        hashes = self.owner_hashes()
-        at = int(np.searchsorted(hashes, np.uint64(owner_hash)))
-        if at == len(hashes) or int(hashes[at]) != owner_hash:
-            return -1
-        return int(np.frombuffer(self.versions, dtype="<i8")[at])
+        """Version at which this run read the owner with this hash.
+
+        0 if it only carried its rows over, -1 if the blocks hold nothing of it.
+        """
+        return _version_of(self.owners, self.versions, owner_hash)
+
+    def rules_of(self, owner_hash: int) -> list[Rule]:
+        """The rules by which rows of this owner may be evicted; empty if none may."""
+        own = Carried(self.event_before, self.written_before, self.owners, self.versions)
+        rules = []
+        for part in (own, *self.carried):
+            version = _version_of(part.owners, part.versions, owner_hash)
+            if version > 0:
+                rules.append(Rule(version, part.event_before, part.written_before))
+        return rules
 
     def blocks_of(self, owner: bytes) -> list[Block]:
         """Blocks that may hold items of `owner`."""
         if self.version_of(timeline_hash(self.table, owner)) < 0:
             return []
         return [block for block in self.blocks if block.first_owner <= owner <= block.last_owner]
+
+
+def _version_of(owners: bytes, versions: bytes, owner_hash: int) -> int:
+    hashes = np.frombuffer(owners, dtype="<u8")
+    at = int(np.searchsorted(hashes, np.uint64(owner_hash)))
+    if at == len(hashes) or int(hashes[at]) != owner_hash:
+        return -1
+    return int(np.frombuffer(versions, dtype="<i8")[at])
+
+
+def evict_up_to(rules: Sequence[Rule], timestamp: int, rows: Sequence[tuple[int, int]]) -> int:
+    """Greatest version up to which the rows of one item may be evicted, 0 for none.
+
+    `rules`: of the item's owner, from a link whose window has `timestamp` in it. `rows`: (version, written) of the
+    item's rows, tombstones included, newest first. The rows that go must go together, in one write: an older row
+    that outlives a tombstone would come back to life.
+    """
+    found = 0
+    for version, event_before, written_before in rules:
+        newest = next((row for row in rows if row[0] <= version), None)
+        if newest is not None and timestamp < event_before and newest[1] < written_before:
+            found = max(found, newest[0])
+    return found
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -11,11 +11,12 @@ value that is gone.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..cold.link import Link
-from ..keys import bucket_of, bucket_prefix, is_system, split_timeline, timeline_hash, timestamp_floor
+from ..cold.link import Link, evict_up_to
+from ..keys import bucket_of, bucket_prefix, is_system, split_item_key, split_timeline, timeline_hash, timestamp_floor
 from ..messages import NO_BALLOT
 from .acceptor import Acceptor
 from .core import Core, Timeline
@@ -146,14 +147,14 @@ class Chores:
                 return
             owner_at = len(prefix)
             key = row[0][1 : owner_at + 1 + row[0][owner_at]]
-            if link.version_of(timeline_hash(link.table, split_timeline(key)[2])) >= 0:
+            if link.rules_of(timeline_hash(link.table, split_timeline(key)[2])):
                 yield key
             at = prefix_end(rows_prefix(key))
 
     def _evict_timeline(self, timeline: Timeline, link: Link, now: float) -> bool:
         """Delete the rows of one timeline that the link's blocks hold. False if this replica is behind."""
-        version = link.version_of(timeline_hash(link.table, split_timeline(timeline.key)[2]))
-        if timeline.chosen < version:
+        rules = link.rules_of(timeline_hash(link.table, split_timeline(timeline.key)[2]))
+        if timeline.chosen < max([rule.version for rule in rules], default=0):
             # Behind, or all replicas have restarted and none remembers that its last entry was chosen.
             for peer in self.core.peers:
                 timeline.asked_until = 0.0
@@ -165,19 +166,13 @@ class Chores:
         low = prefix + timestamp_floor(link.window_start)
         high = prefix + timestamp_floor(link.window_end)
         doomed: list[bytes] = []
-        group: list[bytes] = []
-        newest: bytes = b""
-        for name, row in self.core.engine.scan(low, high):
-            if version_of(name) > version:
-                continue
-            if group and name[:-VERSION_BYTES] != group[0][:-VERSION_BYTES]:
-                if _eligible(group[0][len(prefix) :], newest, link):
-                    doomed += group
-                group = []
-            group.append(name)
-            newest = row
-        if group and _eligible(group[0][len(prefix) :], newest, link):
-            doomed += group
+        rows = self.core.engine.scan(low, high)
+        for name, versions in itertools.groupby(rows, key=lambda row: row[0][:-VERSION_BYTES]):
+            known = [(version_of(row_name), decode_row(row)[0]) for row_name, row in versions]
+            known = [row for row in known if row[0] <= timeline.chosen]
+            timestamp = split_item_key(name[len(prefix) :])[0]
+            last = evict_up_to(rules, timestamp, known[::-1])
+            doomed += [name + version.to_bytes(VERSION_BYTES, "big") for version, _ in known if version <= last]
         if doomed:
             self._delete(timeline, doomed, max(map(version_of, doomed)))
             self.core.counters.add("rows_evicted", len(doomed))
@@ -215,9 +210,3 @@ class Chores:
             if len(name) == len(prefix) + VERSION_BYTES and version_of(name) <= timeline.chosen
         ]
         return [name for name in versions[:-1] if version_of(name) < first_kept]
-
-
-def _eligible(item_and_version: bytes, newest: bytes, link: Link) -> bool:
-    """Whether the newest version of an item, as the sink saw it, met the link's cut-offs."""
-    written, _, _ = decode_row(newest)
-    return item_and_version < timestamp_floor(link.event_before) and written < link.written_before

@@ -1,0 +1,287 @@
+"""Starts, ends and looks at a cluster: the Router and one actor per node, by name, in one Ray namespace.
+
+Everything here may be repeated: actors that run are found by their names and left alone. All functions block.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import list_named_actors
+
+from .. import __version__
+from ..cluster.config import Config
+from ..cluster.errors import ConfigError, TimeTierError, Unavailable
+from ..cluster.identity import Refused
+from .ray_session import connect_ray
+from .router import NAME as ROUTER
+from .router import Router
+from .router_link import decode_topology
+from .shell import ENDS, SERVES, SERVING, NodeSpec
+
+Progress = Callable[[int, int, str], None]
+"""Told (nodes that are ready, nodes in all, what happened)."""
+
+_OPTIONS: dict[str, Any] = {
+    "num_cpus": 0,
+    "lifetime": "detached",
+    "max_restarts": -1,
+    "max_task_retries": 0,  # Ray would repeat a call whose outcome is unknown
+    "get_if_exists": True,
+}
+_CONCURRENT_CALLS = 10_000  # long polls wait in the Router, calls of `ray://` clients in the nodes
+_OUR_NAMES = re.compile(r"router|(storage|cache|cold)-\d+-\d+")
+_CALL_S = 15.0
+_STOP_S = 5.0
+_STATUS_S = 3.0
+
+
+def start_cluster(
+    config: Config | None,
+    *,
+    namespace: str | None = None,
+    data_dir: Path | None = None,
+    address: str | None = None,
+    timeout_s: float = 120.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Start whatever of the cluster does not run, and wait until every node serves.
+
+    `config` None: the configuration that the data folder was created with, or the default in a fresh one; then
+    `data_dir` is needed. `namespace`, `data_dir` default to those of `config`. Returns `cluster_status`. Raises
+    Refused, Unavailable or ConfigError, naming the node and its reason.
+    """
+    if config is None and data_dir is None:
+        raise ConfigError("config, data_dir: give at least one of them")
+    folder = (data_dir or Path(config.data_dir if config else ".")).expanduser().absolute()
+    name_space = namespace or (config.namespace if config else "timetier")
+    if config is not None:
+        config = config.model_copy(update={"namespace": name_space, "data_dir": folder})
+    deadline = time.monotonic() + timeout_s
+    connect_ray(address, data_dir=folder)
+    router = _start_router(name_space, folder, config, deadline)
+    running_config = _ask(router, "config")
+    topology = decode_topology(_ask(router, "topology", -1, 1.0))
+    specs = [_spec(name, name_space, running_config) for name in topology.node_names()]
+    _remove_refused(name_space, [spec.name for spec in specs], deadline)
+    nodes = {spec.name: _start_node(spec) for spec in specs}
+    _wait_until_ready(nodes, deadline, progress or (lambda done, total, what: None))
+    return cluster_status(name_space)
+
+
+def stop_cluster(namespace: str = "timetier", *, address: str | None = None) -> list[str]:
+    """End the actors of this cluster, and nothing else; data stays. Names of the actors that ran, sorted.
+
+    Raises Unavailable when one does not end.
+    """
+    connect_ray(address)
+    names = _running(namespace)
+    handles = [handle for handle in (_find(name, namespace) for name in names) if handle is not None]
+    stopping = [handle.stop.remote() for handle in handles]
+    if stopping:
+        ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_S)  # who does not answer is ended all the same
+    for handle in handles:
+        ray.kill(handle, no_restart=True)
+    _wait_until_gone(namespace, names, time.monotonic() + _CALL_S)
+    return names
+
+
+def cluster_status(namespace: str = "timetier", *, address: str | None = None) -> dict[str, Any]:
+    """`namespace`, `state` (`serving`, `degraded`, `down`), `router` and `nodes`: state and figures of each actor.
+
+    Works with the Router dead, too: then it tells of the nodes that run.
+    """
+    connect_ray(address)
+    running = _running(namespace)
+    router = _find(ROUTER, namespace)
+    expected: list[str] = []
+    if router is not None:
+        try:
+            expected = decode_topology(_ask(router, "topology", -1, 1.0, timeout_s=_STATUS_S)).node_names()
+        except TimeTierError:
+            expected = []  # its own line says why
+    names = [*expected, *(name for name in running if name not in {*expected, ROUTER})]
+    states = _statuses(namespace, [ROUTER, *names])
+    nodes = [states[name] for name in names]
+    good = all(state["state"] in SERVES for state in states.values())
+    state = "down" if not running else SERVING if good and nodes else "degraded"
+    return {"namespace": namespace, "state": state, "router": states[ROUTER], "nodes": nodes}
+
+
+# ---------------------------------------------------------------- the Router
+
+
+def _start_router(namespace: str, folder: Path, config: Config | None, deadline: float) -> Any:
+    existed = _find(ROUTER, namespace) is not None
+    wanted = None if config is None else config.to_json()
+    router: Any = (
+        ray.remote(Router)
+        .options(name=ROUTER, namespace=namespace, max_concurrency=_CONCURRENT_CALLS, **_OPTIONS)
+        .remote(namespace, str(folder), wanted)
+    )
+    hello = _ask(router, "hello", timeout_s=max(1.0, deadline - time.monotonic()))
+    check_version(hello["version"])
+    if hello["reason"]:
+        ray.kill(router, no_restart=True)
+        _wait_until_gone(namespace, [ROUTER], deadline)
+        raise Refused(f"router: {hello['reason']}")
+    if existed:
+        running = Config.from_json(_ask(router, "config"))
+        if Path(running.data_dir) != folder:
+            raise ConfigError(
+                f"the cluster of namespace {namespace!r} runs in {running.data_dir}, not in {folder}: name that "
+                "folder, or choose another namespace"
+            )
+        if wanted is not None and running.to_json() != wanted:
+            raise ConfigError(
+                f"the cluster of namespace {namespace!r} runs with another configuration: `timetier down` first"
+            )
+    return router
+
+
+def check_version(version: str) -> None:
+    """Raises ConfigError unless the cluster runs the same version of TimeTier as this process."""
+    if version != __version__:
+        raise ConfigError(
+            f"the cluster runs timetier {version}, this is timetier {__version__}: install the same version"
+        )
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def _spec(name: str, namespace: str, config: str) -> NodeSpec:
+    _, group, number = name.split("-")
+    return NodeSpec(name, int(group), int(number), namespace, config)
+
+
+def _start_node(spec: NodeSpec) -> Any:
+    return (
+        ray.remote(_node_class(spec.name))
+        .options(name=spec.name, namespace=spec.namespace, max_concurrency=_CONCURRENT_CALLS, **_OPTIONS)
+        .remote(spec)
+    )
+
+
+def _node_class(name: str) -> type:
+    tier = name.partition("-")[0]
+    module = importlib.import_module(f".{tier}", __package__)
+    found: type = getattr(module, f"{tier.capitalize()}Node")
+    return found
+
+
+def _remove_refused(namespace: str, names: Iterable[str], deadline: float) -> None:
+    """End nodes that run but will never serve: whatever kept them from it may be mended."""
+    states = _statuses(namespace, names)
+    refused = [name for name, state in states.items() if state["state"] in ENDS - SERVES]
+    for name in refused:
+        handle = _find(name, namespace)
+        if handle is not None:
+            ray.kill(handle, no_restart=True)
+    _wait_until_gone(namespace, refused, deadline)
+
+
+def _wait_until_ready(nodes: dict[str, Any], deadline: float, progress: Progress) -> None:
+    """Raises Refused or Unavailable with the names and reasons of those that do not serve."""
+    patience_s = max(1.0, deadline - time.monotonic())
+    waiting = {handle.settled.remote(patience_s): name for name, handle in nodes.items()}
+    failed: dict[str, str] = {}
+    ready = 0
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=max(0.1, deadline + 1.0 - time.monotonic()))
+        if not done:
+            failed.update(dict.fromkeys(waiting.values(), "it did not answer in time"))
+            break
+        name = waiting.pop(done[0])
+        reason = _why_not_ready(done[0])
+        if reason is None:
+            ready += 1
+        else:
+            failed[name] = reason
+        progress(ready, len(nodes), f"{name} is ready" if reason is None else f"{name}: {reason}")
+    if failed:
+        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        raise Unavailable(f"{len(failed)} of {len(nodes)} nodes do not serve: {told}")
+
+
+def _why_not_ready(answer: Any) -> str | None:
+    try:
+        found = ray.get(answer)
+        check_version(found["version"])
+    except ray.exceptions.RayError as error:
+        return _first_cause(error)
+    except ConfigError as error:
+        return error.message
+    return None if found["state"] in SERVES else f"{found['state']}: {found['reason']}"
+
+
+# ---------------------------------------------------------------- Ray calls
+
+
+def _running(namespace: str) -> list[str]:
+    """Names of this cluster's actors that Ray knows, sorted."""
+    found = list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in found if actor["namespace"] == namespace]
+    return sorted(name for name in names if _OUR_NAMES.fullmatch(name))
+
+
+def _find(name: str, namespace: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return None
+
+
+def _ask(handle: Any, method: str, *arguments: Any, timeout_s: float = _CALL_S) -> Any:
+    try:
+        return ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TimeTierError):
+            raise error.cause from None
+        raise Unavailable(f"the Router failed at {method}: {error.cause}") from None
+    except ray.exceptions.GetTimeoutError:
+        raise Unavailable(f"the Router did not answer {method} within {timeout_s:.0f} s") from None
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"the Router is away: {_first_cause(error)}") from None
+
+
+def _statuses(namespace: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Status of each named actor, asked at the same time."""
+    found: dict[str, dict[str, Any]] = {}
+    asked: dict[str, Any] = {}
+    for name in names:
+        handle = _find(name, namespace)
+        if handle is None:
+            found[name] = {"node": name, "state": "absent", "reason": "no such actor runs"}
+        else:
+            asked[name] = handle.status.remote()
+    deadline = time.monotonic() + _STATUS_S
+    for name, answer in asked.items():
+        try:
+            found[name] = ray.get(answer, timeout=max(0.05, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            found[name] = {"node": name, "state": "unreachable", "reason": f"no answer within {_STATUS_S:.0f} s"}
+        except ray.exceptions.RayError as error:
+            found[name] = {"node": name, "state": "unreachable", "reason": _first_cause(error)}
+    return found
+
+
+def _wait_until_gone(namespace: str, names: Iterable[str], deadline: float) -> None:
+    gone = set(names)
+    while gone & set(_running(namespace)):
+        if time.monotonic() > deadline:
+            left = ", ".join(sorted(gone & set(_running(namespace))))
+            raise Unavailable(f"{left} did not end in time")
+        time.sleep(0.02)
+
+
+def _first_cause(error: Exception) -> str:
+    """The one line of a Ray error that says most: the last one of a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

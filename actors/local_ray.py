@@ -1,0 +1,269 @@
+"""A Ray of our own on this machine, for clusters that live in one data folder.
+
+`timetier up` without an address starts it and leaves it running: a `ray start --head --block` in a session of its
+own, described in `<data folder>/ray/head.json`. Several of them can run side by side; each has its own ports, its
+own temporary folder and its own token, so whoever can read the data folder may use the cluster, and nobody else.
+
+This module imports Ray nowhere at its top: Ray reads its authentication settings once, so `use_local_ray` must have
+set them before the first `import ray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..cluster.durable_file import make_folder_durably, write_durably
+from ..cluster.errors import Unavailable
+
+_LONGEST_TEMP_DIR = 40  # bytes: Ray adds some 60 for its sockets, and a socket's path ends at 107
+_RAY_OWN_PORTS = range(10002, 20000)  # Ray's proxy of `ray://` clients hands these out
+_ATTEMPTS = 3  # a chosen port may be taken by somebody else before Ray binds it
+_END_S = 60.0
+_OBJECT_STORE_BYTES = 512 << 20
+
+
+class LocalRay(msgspec.Struct, frozen=True):
+    """A head that was started from a data folder.
+
+    `pid`, `started`: its process, and what tells it from a later process with the same pid. `address`: for
+    `ray.init`; empty until it is ready. `client_address`: for `ray://`. `dashboard_port`: on this machine.
+    """
+
+    pid: int
+    started: str
+    temp_dir: str
+    client_port: int
+    dashboard_port: int
+    address: str = ""
+
+    @property
+    def client_address(self) -> str:
+        return f"ray://{self.address.rpartition(':')[0] or '127.0.0.1'}:{self.client_port}"
+
+
+def find_local_ray(data_dir: Path) -> LocalRay | None:
+    """The running and ready local Ray of this data folder, or None."""
+    record = _read_record(data_dir)
+    return record if record is not None and record.address and _is_running(record) else None
+
+
+def use_local_ray(data_dir: Path) -> None:
+    """Make this process (and its children) speak to the local Ray of this data folder, and to no other.
+
+    Call it before Ray is imported. When Ray is imported already but not connected, its settings are read again.
+    """
+    os.environ.update(_environment(data_dir))
+    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+    if "ray" in sys.modules:
+        import ray._raylet as raylet
+
+        settings: Any = raylet
+        settings.Config.initialize("")
+        settings.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def start_local_ray(data_dir: Path, *, num_cpus: int | None = None, timeout_s: float = 90.0) -> LocalRay:
+    """Start a Ray for this data folder, or find the one that runs. It outlives this process.
+
+    `num_cpus`: what Ray believes the machine has; None = count them. Raises Unavailable when it is not ready
+    within `timeout_s` seconds, with the end of its log.
+    """
+    deadline = time.monotonic() + timeout_s
+    make_folder_durably(_folder(data_dir))
+    with _start_lock(data_dir, deadline):
+        running = find_local_ray(data_dir)
+        if running is not None:
+            return running
+        stop_local_ray(data_dir)  # one that never became ready, or the remains of one that was killed
+        token = _folder(data_dir) / "token"
+        if not token.exists():
+            write_durably(token, secrets.token_hex(32).encode())
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return _start(data_dir, num_cpus, deadline)
+            except _EndedEarly as error:
+                if attempt == _ATTEMPTS or time.monotonic() > deadline:
+                    raise Unavailable(str(error)) from None
+    raise AssertionError("unreachable")
+
+
+def stop_local_ray(data_dir: Path) -> bool:
+    """End the local Ray of this data folder, and only that one. False if none ran.
+
+    Raises Unavailable when it does not end.
+    """
+    record = _read_record(data_dir)
+    if record is None:
+        return False
+    was_running = _is_running(record)
+    if was_running:
+        os.kill(record.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _END_S
+        while _is_running(record):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the local Ray (process {record.pid}) did not end within {_END_S:.0f} s")
+            time.sleep(0.05)
+    shutil.rmtree(record.temp_dir, ignore_errors=True)  # its own, made by _start; only logs and sockets
+    _record_path(data_dir).unlink(missing_ok=True)
+    return was_running
+
+
+class _EndedEarly(Exception):
+    """The head ended before it was ready."""
+
+
+def _start(data_dir: Path, num_cpus: int | None, deadline: float) -> LocalRay:
+    temp_dir = _short_temp_dir()
+    ports = _free_ports(4)
+    log_path = _folder(data_dir) / "head.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            _command(temp_dir, ports, num_cpus),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=data_dir,
+            env=_child_environment(data_dir),
+        )
+    try:
+        record = LocalRay(process.pid, _started(process.pid), temp_dir, ports[1], ports[2])
+        write_durably(_record_path(data_dir), msgspec.json.encode(record))
+        ready = Path(temp_dir) / "ray_current_cluster"
+        while not (ready.exists() and ready.read_text().strip()):
+            if process.poll() is not None:
+                raise _EndedEarly(f"the local Ray ended with status {process.returncode}; {_end_of(log_path)}")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the local Ray was not ready in time; {_end_of(log_path)}")
+            time.sleep(0.05)
+        record = msgspec.structs.replace(record, address=ready.read_text().strip())
+        write_durably(_record_path(data_dir), msgspec.json.encode(record))
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_S)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        _record_path(data_dir).unlink(missing_ok=True)
+        raise
+    return record
+
+
+def _command(temp_dir: str, ports: list[int], num_cpus: int | None) -> list[str]:
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        f"--temp-dir={temp_dir}",
+        f"--port={ports[0]}",
+        f"--ray-client-server-port={ports[1]}",
+        f"--dashboard-port={ports[2]}",
+        f"--dashboard-agent-listen-port={ports[3]}",
+        "--dashboard-host=127.0.0.1",
+        "--include-dashboard=true",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+    ]
+    return command if num_cpus is None else [*command, f"--num-cpus={num_cpus}"]
+
+
+def _environment(data_dir: Path) -> dict[str, str]:
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_folder(data_dir).absolute() / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _child_environment(data_dir: Path) -> dict[str, str]:
+    mine = {k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    # Ray would wait for the actors to end by themselves for 30 s after SIGTERM; they end when they are told to.
+    return {**mine, **_environment(data_dir), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+
+
+@contextlib.contextmanager
+def _start_lock(data_dir: Path, deadline: float) -> Iterator[None]:
+    """Only one process starts a Ray for a data folder; others wait, and then find it."""
+    with (_folder(data_dir) / "lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"another process is starting the Ray of {data_dir}; try again") from None
+                time.sleep(0.05)
+        yield
+
+
+def _folder(data_dir: Path) -> Path:
+    return data_dir / "ray"
+
+
+def _record_path(data_dir: Path) -> Path:
+    return _folder(data_dir) / "head.json"
+
+
+def _read_record(data_dir: Path) -> LocalRay | None:
+    try:
+        return msgspec.json.decode(_record_path(data_dir).read_bytes(), type=LocalRay)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        path = _record_path(data_dir)
+        raise Unavailable(f"{path} is damaged ({error}): end that Ray by hand, then remove the file") from None
+
+
+def _is_running(record: LocalRay) -> bool:
+    with contextlib.suppress(ChildProcessError):  # it is no child of this process
+        os.waitpid(record.pid, os.WNOHANG)
+    return bool(record.started) and _started(record.pid) == record.started
+
+
+def _started(pid: int) -> str:
+    """When a process was started, as a text that no other process of that pid shares; "" when it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return ""
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+    fields = stat.rpartition(")")[2].split()  # the name before may hold blanks
+    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def _short_temp_dir() -> str:
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="tt-ray-", dir=usual if len(usual) + 16 <= _LONGEST_TEMP_DIR else "/tmp")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Free TCP ports of this machine, outside the range that Ray uses by itself."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            held = stack.enter_context(socket.socket())
+            held.bind(("", 0))
+            port = held.getsockname()[1]
+            if port not in _RAY_OWN_PORTS:
+                ports.append(port)
+        return ports
+
+
+def _end_of(log_path: Path) -> str:
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    return f"the end of {log_path}: {' | '.join(lines[-3:]) or '(empty)'}"

@@ -1,0 +1,182 @@
+"""The Router actor: it knows the cluster's shape and tells everybody, but serves no request.
+
+It holds the map's epoch, membership, addresses, the secret of the direct carrier and which data folders were
+formatted (see `router_state.py`), pushes changes by long poll, and starts the sink on schedule. With the Router dead
+reads and writes go on: nodes and clients keep the topology that they have.
+
+A Router whose state is damaged, or belongs to another cluster, stays up and refuses everything but `status`: ending
+would only make Ray restart it, and a state begun afresh would be a new cluster on old data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .. import __version__
+from ..cluster.carriers.base import Address
+from ..cluster.config import Config
+from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from ..cluster.identity import Refused
+from .jobs_client import ENDED, FAILED, RunningSink, SinkOptions, describe, start_sink
+from .router_state import RouterState
+
+NAME = "router"
+MAX_POLL_S = 60.0
+
+_SINK_POLL_S = 1.0
+_MAX_KNOWN_SINKS = 20
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """Named `router` in the cluster's namespace, detached, restarted by Ray for ever with what it knew."""
+
+    def __init__(self, namespace: str, data_dir: str, config: str | None) -> None:
+        self._namespace = namespace
+        self._changed = asyncio.Condition()
+        self._sinks: dict[str, RunningSink] = {}
+        self._state: RouterState | None = None
+        self._reason = ""
+        self._background: set[asyncio.Task[None]] = set()
+        try:
+            parsed = None if config is None else Config.from_json(config)
+            self._state = RouterState.open(Path(data_dir), namespace, parsed)
+        except (TimeTierError, OSError) as error:
+            self._reason = str(error)
+            logger.error("the Router refuses to serve: %s", self._reason)
+            return
+        self._keep(self._schedule_sink(self._state))
+
+    async def hello(self) -> dict[str, Any]:
+        """`version` of the package, and `reason` why the Router refuses ("" = it serves)."""
+        return {"version": __version__, "reason": self._reason}
+
+    async def config(self) -> str:
+        """The cluster's configuration, as JSON."""
+        return self._open().config.to_json()
+
+    async def topology(self, known_epoch: int, timeout_s: float) -> bytes | None:
+        """Encoded `Topology` once its epoch is above `known_epoch`; None after about `timeout_s` seconds.
+
+        Callers that wait alike are answered at different times, so that they do not come back all at once.
+        """
+        state = self._open()
+        if known_epoch > state.epoch:
+            state.lift_epoch(known_epoch)
+        if known_epoch == state.epoch:
+            wait_s = min(timeout_s, MAX_POLL_S) * random.uniform(0.75, 1.0)
+            try:
+                async with asyncio.timeout(wait_s), self._changed:
+                    await self._changed.wait_for(lambda: state.epoch > known_epoch)
+            except TimeoutError:
+                return None
+        return msgspec.msgpack.encode(state.topology())
+
+    async def register(self, address: bytes) -> int:
+        """Note where a node listens (an encoded `Address`). The epoch from which on everybody knows it."""
+        state = self._open()
+        try:
+            parsed = msgspec.msgpack.decode(address, type=Address)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"malformed address: {error}") from None
+        if state.register(parsed):
+            async with self._changed:
+                self._changed.notify_all()
+        return state.epoch
+
+    async def may_format(self, node: str) -> bool:
+        """Whether `node` may format an empty data folder. Granted until it reports that it has."""
+        return self._open().may_format(node)
+
+    async def formatted(self, node: str) -> None:
+        """Note durably that `node` has formatted its folder; only then it may vote."""
+        self._open().formatted(node)
+
+    async def report_run(self, report: dict[str, Any]) -> None:
+        """Note the progress of a sink run (`run`, `state` and figures)."""
+        self._open().report_run(report)
+
+    async def runs(self) -> list[dict[str, Any]]:
+        """The last 20 sink runs, oldest first."""
+        return self._open().runs
+
+    async def start_sink(self, options: SinkOptions) -> dict[str, Any]:
+        """Start one run of the sink: its `kind` (`job`, or `task` where Ray has no dashboard) and `id`."""
+        self._open()
+        run = await asyncio.to_thread(start_sink, self._namespace, options)
+        self._sinks[run.id] = run
+        while len(self._sinks) > _MAX_KNOWN_SINKS:
+            del self._sinks[next(iter(self._sinks))]
+        return describe(run)
+
+    async def sink_state(self, run_id: str) -> dict[str, str]:
+        """`state` and `reason` of a run that this Router started since it was started itself."""
+        run = self._sinks.get(run_id)
+        if run is None:
+            raise Unavailable(f"the Router does not know the sink run {run_id}: it was restarted meanwhile")
+        state, reason = await asyncio.to_thread(run.state)
+        return {"state": state, "reason": reason}
+
+    async def status(self) -> dict[str, Any]:
+        """State and figures, ready for JSON."""
+        if self._state is None:
+            return {"node": NAME, "state": "refused", "reason": self._reason, "version": __version__}
+        state = self._state
+        topology = state.topology()
+        return {
+            "node": NAME,
+            "state": "serving",
+            "reason": "",
+            "version": __version__,
+            "pid": os.getpid(),
+            "cluster_id": state.cluster_id,
+            "epoch": state.epoch,
+            "nodes": len(topology.node_names()),
+            "registered": len(topology.addresses),
+            "folders": state.folders,
+            "runs": state.runs,
+        }
+
+    async def stop(self) -> None:
+        """End background work; the state is on disk already."""
+        for task in self._background:
+            task.cancel()
+
+    def _open(self) -> RouterState:
+        if self._state is None:
+            raise Refused(self._reason)
+        return self._state
+
+    def _keep(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _schedule_sink(self, state: RouterState) -> None:
+        every_s = state.config.sink.every
+        if every_s is None:
+            return
+        while True:
+            await asyncio.sleep(every_s * random.uniform(0.95, 1.05))
+            try:
+                run = await self.start_sink(SinkOptions())
+                ended = await self._wait_for_sink(run["id"])
+            except (TimeTierError, RuntimeError, OSError) as error:
+                ended = {"state": FAILED, "reason": str(error)}
+            if ended["state"] == FAILED:
+                logger.error("the scheduled sink failed: %s", ended["reason"])
+
+    async def _wait_for_sink(self, run_id: str) -> dict[str, str]:
+        while True:
+            found = await self.sink_state(run_id)
+            if found["state"] in ENDED:
+                return found
+            await asyncio.sleep(_SINK_POLL_S)

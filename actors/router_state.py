@@ -1,0 +1,233 @@
+"""What the Router knows, and how it survives: one checksummed JSON file, replaced durably before any answer.
+
+No Ray in here. The file holds the cluster's secret, so only its owner may read it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..cluster.carriers.base import Address
+from ..cluster.config import Config, load_config, table_policies
+from ..cluster.durable_file import make_folder_durably, write_durably
+from ..cluster.errors import InvalidRequest
+from ..cluster.identity import Refused, has_identity
+from ..cluster.topology import Topology
+
+FORMAT = 1
+MAX_RUNS = 20
+MAX_REPORT_BYTES = 16_384
+GRANTED, FORMATTED = "granted", "formatted"
+
+
+class _State(msgspec.Struct):
+    cluster_id: str
+    namespace: str
+    config: str
+    secret: str
+    epoch: int = 1
+    addresses: dict[str, Address] = {}
+    folders: dict[str, str] = {}
+    runs: list[dict[str, Any]] = []
+    format: int = FORMAT
+
+
+class _File(msgspec.Struct):
+    crc: int
+    state: msgspec.Raw
+
+
+class RouterState:
+    """The durable part of the Router. Every method that changes something returns after it is on disk."""
+
+    def __init__(self, path: Path, state: _State) -> None:
+        self._path = path
+        self._state = state
+        self.config = Config.from_json(state.config)
+        self._nodes = frozenset(self._shape().node_names())
+
+    @classmethod
+    def open(cls, data_dir: Path, namespace: str, config: Config | None) -> RouterState:
+        """The state in `data_dir`, or that of a cluster that begins here.
+
+        `config`: replaces the stored one if it keeps the shape of the cluster; None = the stored one, or the
+        default for a cluster that begins. Raises Refused when the state must not be used or is missing.
+        """
+        path = data_dir / "router" / "state.json"
+        if not path.exists():
+            _refuse_orphans(data_dir)
+            make_folder_durably(path.parent)
+            first = config or load_config(None, data_dir=data_dir).model_copy(update={"namespace": namespace})
+            made = cls(path, _State(uuid.uuid4().hex, namespace, first.to_json(), secrets.token_hex(32)))
+            made._save()
+            return made
+        state = _read(path)
+        if state.namespace != namespace:
+            raise Refused(
+                f"{data_dir} belongs to the cluster of namespace {state.namespace!r}, not {namespace!r}: "
+                "give each cluster a data folder of its own"
+            )
+        opened = cls(path, state)
+        # The folder may have been moved since, so where it lies now is what counts.
+        opened._take_config((config or opened.config).model_copy(update={"data_dir": data_dir.absolute()}))
+        return opened
+
+    @property
+    def cluster_id(self) -> str:
+        return self._state.cluster_id
+
+    @property
+    def epoch(self) -> int:
+        return self._state.epoch
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """The last runs of the sink, oldest first."""
+        return list(self._state.runs)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Formatting state per node: `granted` or `formatted`."""
+        return dict(self._state.folders)
+
+    def topology(self) -> Topology:
+        """The cluster's present shape."""
+        return self._shape()
+
+    def lift_epoch(self, above: int) -> None:
+        """Have an epoch above `above`: somebody has seen that one, so this state is an older copy."""
+        if self._state.epoch <= above:
+            self._state.epoch = above + 1
+            self._save()
+
+    def register(self, address: Address) -> bool:
+        """Note where a node listens. Whether that changed anything (then the epoch grew)."""
+        self._check_node(address.name)
+        if self._state.addresses.get(address.name) == address:
+            return False
+        self._state.addresses[address.name] = address
+        self._state.epoch += 1
+        self._save()
+        return True
+
+    def may_format(self, node: str) -> bool:
+        """Whether `node` may format an empty folder: as long as it was never reported formatted."""
+        self._check_node(node)
+        if self._state.folders.get(node) == FORMATTED:
+            return False
+        if self._state.folders.get(node) != GRANTED:
+            self._state.folders[node] = GRANTED
+            self._save()
+        return True
+
+    def formatted(self, node: str) -> None:
+        """Note that `node` has a formatted folder and is about to vote."""
+        self._check_node(node)
+        if self._state.folders.get(node) != FORMATTED:
+            self._state.folders[node] = FORMATTED
+            self._save()
+
+    def report_run(self, report: dict[str, Any]) -> None:
+        """Note the progress of a sink run: a dict with `run` (its id) and `state`, ready for JSON.
+
+        Progress within one state is kept in memory only. Raises InvalidRequest.
+        """
+        run, state = report.get("run"), report.get("state")
+        if not isinstance(run, str) or not isinstance(state, str):
+            raise InvalidRequest("a report of a sink run needs `run` and `state`, both str")
+        try:
+            size = len(msgspec.json.encode(report))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"a report of a sink run must be plain JSON: {error}") from None
+        if size > MAX_REPORT_BYTES:
+            raise InvalidRequest(f"a report of a sink run has {size} bytes, the limit is {MAX_REPORT_BYTES}")
+        runs = self._state.runs
+        before = next((entry for entry in runs if entry.get("run") == run), None)
+        entry = {**(before or {}), **report, "reported_at": time.time()}
+        if before is None:
+            self._state.runs = [*runs, entry][-MAX_RUNS:]
+        else:
+            runs[runs.index(before)] = entry
+        if before is None or before.get("state") != state:
+            self._save()
+
+    def _take_config(self, config: Config) -> None:
+        text = config.to_json()
+        if text == self._state.config:
+            return
+        old = self._shape()
+        self.config, old_config = config, self.config
+        fixed = ("buckets", "storage_groups", "storage_replicas", "cold_groups", "cold_replicas", "cold_disks")
+        new = self._shape()
+        for name in fixed:
+            if getattr(new, name) != getattr(old, name):
+                self.config = old_config
+                raise Refused(
+                    f"the configuration says {name}={getattr(new, name)}, but this cluster was created with "
+                    f"{getattr(old, name)}, which can't be changed: put that back, or choose another data folder"
+                )
+        self._nodes = frozenset(new.node_names())
+        self._state.addresses = {k: v for k, v in self._state.addresses.items() if k in self._nodes}
+        self._state.config = text
+        self._state.epoch += 1
+        self._save()
+
+    def _shape(self) -> Topology:
+        state = self._state
+        storage, cold = self.config.storage, self.config.cold
+        tables, default_table = table_policies(self.config)
+        return Topology(
+            cluster_id=state.cluster_id,
+            namespace=state.namespace,
+            epoch=state.epoch,
+            buckets=self.config.buckets,
+            storage_groups=storage.groups,
+            storage_replicas=storage.replicas,
+            cold_groups=cold.groups,
+            cold_replicas=cold.replicas,
+            cold_disks=cold.disks,
+            cache_nodes=self.config.cache.nodes,
+            tables=tables,
+            default_table=default_table,
+            addresses=dict(state.addresses),
+            secret=state.secret,
+        )
+
+    def _check_node(self, node: str) -> None:
+        if node not in self._nodes:
+            raise InvalidRequest(f"this cluster has no node {node!r}")
+
+    def _save(self) -> None:
+        state = msgspec.json.encode(self._state)
+        write_durably(self._path, msgspec.json.encode(_File(zlib.crc32(state), msgspec.Raw(state))))
+
+
+def _read(path: Path) -> _State:
+    remedy = "restore it from a copy: without it the cluster's data can't be trusted to be its own"
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        if zlib.crc32(file.state) != file.crc:
+            raise Refused(f"{path} is damaged (its checksum does not agree): {remedy}")
+        state = msgspec.json.decode(file.state, type=_State)
+    except msgspec.MsgspecError as error:
+        raise Refused(f"{path} is damaged ({error}): {remedy}") from None
+    if state.format > FORMAT:
+        raise Refused(f"{path} has format {state.format}, this program reads up to {FORMAT}: use a newer TimeTier")
+    return state
+
+
+def _refuse_orphans(data_dir: Path) -> None:
+    """A cluster must not begin where nodes of another one left their data."""
+    orphans = sorted(path.name for path in data_dir.glob("*") if path.is_dir() and has_identity(path))
+    if orphans:
+        raise Refused(
+            f"{data_dir} holds the data of {', '.join(orphans[:3])}, but router/state.json is missing: restore that "
+            "file, or choose an empty data folder"
+        )

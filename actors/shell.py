@@ -1,0 +1,298 @@
+"""What all node actors share: a thin shell around a service of `cluster/`.
+
+A shell brings its service up, listens, tells the Router where, follows the topology, exports figures. Two rules:
+
+- It needs the Router only for what is new. The topology is kept beside the data, so a node that has served before
+  starts again, and serves, with the Router dead.
+- A node that must not serve (its data folder is refused, or its disk fails) stays up and says so in `status`. If
+  it ended, Ray would restart it for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from .. import __version__
+from ..cluster.carriers.base import Address, answer_frame
+from ..cluster.carriers.direct import DirectCarrier, DirectServer, host_id
+from ..cluster.config import Config
+from ..cluster.counters import Counters
+from ..cluster.durable_file import make_folder_durably, write_durably
+from ..cluster.errors import TimeTierError, Unavailable
+from ..cluster.identity import FolderLocked, Identity, has_identity, open_identity
+from ..cluster.messages import Message, Ping, Pong, Status, StatusRequest
+from ..cluster.service import Service
+from ..cluster.topology import Topology
+from .metrics import MetricsExport
+from .router_link import Pauses, RouterLink, decode_topology
+from .runtime_folder import remove_folder_of, socket_path
+from .tls import client_tls, server_tls
+
+STARTING, SERVING, REFUSED, STOPPED = "starting", "serving", "refused", "stopped"
+SERVES = frozenset({SERVING, "voting"})
+"""States of a node that does its work; a storage replica votes, others serve."""
+
+ENDS = SERVES | {REFUSED, STOPPED, "fenced"}
+"""States that don't change by waiting."""
+
+_TOPOLOGY_FILE = "topology.json"
+_METRICS_PERIOD_S = 1.0
+_SETTLE_POLL_S = 0.02
+_TOLD_ALREADY = frozenset({"name", "counters"})  # by the shell, as `node` and `figures`
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What a node actor is made from. `number`: replica, or number of the cache node. `config`: as JSON."""
+
+    name: str
+    group: int
+    number: int
+    namespace: str
+    config: str
+
+
+class NodeActor:
+    """Base of the node actors; a tier says how its service is made. Created by `launch.py`."""
+
+    tier: ClassVar[str]
+    keeps_identity: ClassVar[bool] = False
+    """Whether the node has data of its own, and so a folder with an identity."""
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self.spec = spec
+        self.config = Config.from_json(spec.config)
+        self.folder = Path(self.config.data_dir) / spec.name
+        self.counters = Counters()
+        self.carrier: DirectCarrier
+        self.topology: Topology
+        self.identity: Identity | None = None
+        self._service: Service | None = None
+        self._server: DirectServer | None = None
+        self._address = Address(spec.name, actor=spec.name)
+        self._state, self._reason = STARTING, "starting"
+        self._started_at = time.monotonic()
+        self._router = RouterLink(spec.namespace)
+        self._background: set[asyncio.Task[None]] = set()
+        self._keep(self._run())
+
+    # ------------------------------------------------------------ for a tier
+
+    def make_service(self) -> Service:
+        """The service of this tier, from `topology`, `carrier`, `config` and `identity`. It is started later."""
+        raise AssertionError("each tier makes its own")
+
+    def allow_votes(self) -> None:
+        """The folder's identity is known to the Router: the service may take part in decisions."""
+
+    # ------------------------------------------------------------ called through Ray
+
+    async def call(self, frame: bytes) -> bytes:
+        """The Ray carrier: answer one frame (b"" for none). Raises ProtocolError for a malformed one."""
+        return await answer_frame(self._handle, frame)
+
+    async def settled(self, timeout_s: float) -> dict[str, str]:
+        """`state` and `reason`, as soon as the node serves or surely won't, or after `timeout_s` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        status = self._status()
+        while status["state"] not in ENDS and loop.time() < deadline:
+            await asyncio.sleep(_SETTLE_POLL_S)
+            status = self._status()
+        return {"state": status["state"], "reason": status["reason"], "version": __version__}
+
+    async def status(self) -> dict[str, Any]:
+        """State and figures, ready for JSON."""
+        return self._status()
+
+    async def stop(self) -> None:
+        """End background work and close the data."""
+        self._state, self._reason = STOPPED, "the cluster was stopped"
+        for task in self._background:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop()
+            remove_folder_of(Path(self._address.unix_path))
+        if self._service is not None:
+            await self._service.stop()
+            await self.carrier.close()
+        if self.identity is not None:
+            self.identity.close()
+
+    # ------------------------------------------------------------ life
+
+    async def _run(self) -> None:
+        try:
+            await self._bring_up()
+        except Exception as error:
+            # Whatever it is: the node stays up to tell of it, and serves nothing.
+            self._state = REFUSED
+            self._reason = str(error) if isinstance(error, TimeTierError) else f"{type(error).__name__}: {error}"
+            logger.exception("%s does not serve", self.spec.name)
+            if self.identity is not None:
+                self.identity.close()
+
+    async def _bring_up(self) -> None:
+        await self._find_topology()
+        secret = bytes.fromhex(self.topology.secret)
+        self.carrier = DirectCarrier(secret, host_id=host_id(), tls=client_tls(self.config.network))
+        self.carrier.update(self.topology.addresses)
+        await self._listen()
+        self._keep(self._router.follow(self.topology.epoch, self._take, self._register))
+        self._keep(self._export_metrics())
+        if self.keeps_identity:
+            await self._open_folder()
+        service = self.make_service()
+        await service.start()
+        self._service = service
+        self._keep_topology()
+        if self.identity is not None:
+            if not self.identity.formatted:
+                self._reason = "waiting for the Router to note the formatted folder"
+                await self._ask("formatted", self.spec.name)
+                await asyncio.to_thread(self.identity.mark_formatted)
+            self.allow_votes()
+        self._state, self._reason = SERVING, ""
+
+    async def _find_topology(self) -> None:
+        """From beside the data, or else from the Router, however long that takes."""
+        path = self.folder / _TOPOLOGY_FILE
+        if await asyncio.to_thread(path.exists):
+            self.topology = msgspec.json.decode(await asyncio.to_thread(path.read_bytes), type=Topology)
+            return
+        self.topology = decode_topology(await self._ask("topology", -1, 1.0))
+
+    async def _open_folder(self) -> None:
+        may_format = not await asyncio.to_thread(has_identity, self.folder)
+        if may_format:
+            may_format = bool(await self._ask("may_format", self.spec.name))
+        pauses = Pauses()
+        while self.identity is None:
+            try:
+                self.identity = await asyncio.to_thread(
+                    open_identity, self.folder, self.topology.cluster_id, self.spec.name, may_format=may_format
+                )
+            except FolderLocked as error:
+                # The former process of this actor may need a moment to end.
+                self._reason = error.message
+                await asyncio.sleep(pauses.next_s())
+
+    async def _listen(self) -> None:
+        """Listen where the others know this node to be, if that is still possible: so it is found at once again."""
+        known = self.topology.addresses.get(self.spec.name)
+        ports = [known.tcp_port, 0] if known is not None and known.tcp_port else [0]
+        for port in ports:
+            server = DirectServer(
+                self._handle,
+                bytes.fromhex(self.topology.secret),
+                name=self.spec.name,
+                unix_path=str(socket_path(self.topology.cluster_id, self.spec.name)),
+                tcp_host=self.config.network.tcp_host,
+                tcp_port=port,
+                tls=server_tls(self.config.network),
+            )
+            try:
+                await server.start()
+            except OSError as error:
+                if port == ports[-1]:
+                    raise
+                logger.info("%s moves to another port than %d: %s", self.spec.name, port, error)
+                continue
+            self._server = server
+            self._address = msgspec.structs.replace(server.address, actor=self.spec.name)
+            return
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Ask the Router until it answers; what it refuses is raised."""
+        pauses = Pauses()
+        while True:
+            try:
+                return await self._router.call(method, *arguments)
+            except Unavailable as error:
+                self._reason = f"waiting for the Router: {error.message}"
+                await asyncio.sleep(pauses.next_s())
+
+    async def _register(self) -> None:
+        await self._router.call("register", msgspec.msgpack.encode(self._address))
+
+    # ------------------------------------------------------------ work
+
+    async def _handle(self, message: Message) -> Message | None:
+        if isinstance(message, StatusRequest):
+            return Status(json.dumps(self._status()).encode())
+        if isinstance(message, Ping):
+            return Pong()
+        if self._service is None or self._state == STOPPED:
+            raise Unavailable(f"{self.spec.name} is {self._state}: {self._reason}")
+        return await self._service.handle(message)
+
+    def _take(self, topology: Topology) -> None:
+        self.topology = topology
+        self.carrier.update(topology.addresses)
+        if self._service is not None:
+            self._service.update(topology)
+            self._keep_topology()
+
+    def _keep_topology(self) -> None:
+        """Write the topology beside the data. It only shortens the next start, so a failure is only logged."""
+        try:
+            make_folder_durably(self.folder)
+            write_durably(self.folder / _TOPOLOGY_FILE, msgspec.json.encode(self.topology))
+        except OSError as error:
+            logger.warning("%s can't keep its topology: %s", self.spec.name, error)
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {
+            "node": self.spec.name,
+            "tier": self.tier,
+            "state": self._state,
+            "reason": self._reason,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_at, 3),
+            "address": msgspec.to_builtins(self._address),
+        }
+        if hasattr(self, "topology"):
+            status["epoch"] = self.topology.epoch
+        if self.identity is not None:
+            status["incarnation"], status["boot"] = self.identity.incarnation, self.identity.boot
+        if self._service is not None:
+            inner = self._service.status()
+            if self._state == SERVING:
+                status["state"], status["reason"] = inner.get("state", SERVING), inner.get("reason", "")
+            status.update({k: v for k, v in inner.items() if k not in status and k not in _TOLD_ALREADY})
+        status["figures"] = self._figures()
+        return status
+
+    def _figures(self) -> dict[str, float]:
+        figures = self.counters.read()
+        if self._server is not None:
+            figures.update({f"server_{name}": value for name, value in self._server.counters.read().items()})
+        if hasattr(self, "carrier"):
+            figures.update({f"carrier_{name}": value for name, value in self.carrier.counters.read().items()})
+        return figures
+
+    async def _export_metrics(self) -> None:
+        assert self._server is not None, "it listens before it exports"
+        sources = {"": self.counters, "server_": self._server.counters, "carrier_": self.carrier.counters}
+        exports = [MetricsExport(self.tier, self.spec.name, prefix, counters) for prefix, counters in sources.items()]
+        while True:
+            for export in exports:
+                export.update()
+            await asyncio.sleep(_METRICS_PERIOD_S)
+
+    def _keep(self, work: Any) -> None:
+        """Run background work; the loop itself keeps only weak references to tasks."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

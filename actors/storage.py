@@ -1,0 +1,32 @@
+"""StorageNode: the actor around one replica of a Paxos group."""
+
+from __future__ import annotations
+
+from ..cluster.service import Service
+from ..cluster.storage_service import StorageService
+from .shell import NodeActor
+
+
+class StorageNode(NodeActor):
+    """One replica: it holds the truth of its group's buckets, answers reads and writes."""
+
+    tier = "storage"
+    keeps_identity = True
+
+    def make_service(self) -> Service:
+        assert self.identity is not None, "the folder is open before the service is made"
+        self._storage = StorageService(
+            name=self.spec.name,
+            group=self.spec.group,
+            replica=self.spec.number,
+            folder=self.folder,
+            identity=self.identity,
+            topology=self.topology,
+            carrier=self.carrier,
+            config=self.config.storage,
+            counters=self.counters,
+        )
+        return self._storage
+
+    def allow_votes(self) -> None:
+        self._storage.allow_votes()

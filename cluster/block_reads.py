@@ -1,0 +1,156 @@
+"""Reading cold blocks, each from whichever of its replicas has good bytes (*pure*, scripts of `effects.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import google_crc32c
+
+from .cold.block import DecodedBlock, decode_block
+from .counters import Counters
+from .effects import Call, CallFailed, Script, Sleep
+from .errors import Corrupt, Unavailable
+from .hot_cold import StartOver
+from .messages import BlockBytes, BlockRead, Failure, LinkRef, Message, Ping
+from .page_cache import BlockCache
+from .routing import Routing
+from .suspicion import Suspicion
+
+MAX_PARALLEL_BLOCKS = 4
+_MISSING = "missing"  # `reason` of a cold node's Corrupt: it has no such file
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The search for one good copy. `dead`, `missing`, `damaged`: copies tried without success since the start."""
+
+    ref: LinkRef
+    order: list[str]
+    tried: int = 0
+    dead: int = 0
+    missing: int = 0
+    damaged: int = 0
+    block: DecodedBlock | None = None
+
+    @property
+    def node(self) -> str:
+        return self.order[self.tried]
+
+
+class BlockReader:
+    """Gets decoded blocks from memory or from the cold tier."""
+
+    def __init__(
+        self,
+        routing: Routing,
+        blocks: BlockCache[DecodedBlock],
+        suspicion: Suspicion,
+        counters: Counters,
+        *,
+        clock: Callable[[], float],
+        attempt_timeout_s: float,
+        back_off_s: float,
+    ) -> None:
+        self.routing = routing
+        self._blocks = blocks
+        self._suspicion = suspicion
+        self._counters = counters
+        self._clock = clock
+        self._attempt_timeout_s = attempt_timeout_s
+        self._back_off_s = back_off_s
+
+    def kept(self, ref: LinkRef) -> DecodedBlock | None:
+        """The block if it is in memory."""
+        return self._blocks.get(ref.file, ref.offset)
+
+    def read(self, refs: list[LinkRef], deadline: float) -> Script[list[DecodedBlock]]:
+        """Blocks of `refs`, in their order, at most MAX_PARALLEL_BLOCKS at a time.
+
+        Raises StartOver when a file is gone from all replicas, Corrupt when every copy is damaged, Unavailable at the
+        deadline (monotonic seconds).
+        """
+        blocks = []
+        for first in range(0, len(refs), MAX_PARALLEL_BLOCKS):
+            blocks += yield from self._read_some(refs[first : first + MAX_PARALLEL_BLOCKS], deadline)
+        return blocks
+
+    def _read_some(self, refs: list[LinkRef], deadline: float) -> Script[list[DecodedBlock]]:
+        attempts = [self._attempt(ref) for ref in refs]
+        timeout_s, pause_s = self._attempt_timeout_s, self._back_off_s
+        while True:
+            open_attempts = [attempt for attempt in attempts if attempt.block is None]
+            if not open_attempts:
+                return [attempt.block for attempt in attempts if attempt.block is not None]
+            left_s = deadline - self._clock()
+            if left_s <= 0:
+                first = open_attempts[0].ref
+                raise Unavailable(f"no replica gave the block of {first.file} at {first.offset} in time")
+            replies = yield [
+                Call(a.node, BlockRead(a.ref.file, a.ref.offset, a.ref.length, a.ref.crc), min(timeout_s, left_s))
+                for a in open_attempts
+            ]
+            rested = False
+            for attempt, reply in zip(open_attempts, replies, strict=True):
+                self._take(attempt, reply)
+                if attempt.block is None and attempt.tried == len(attempt.order):
+                    self._start_over(attempt)
+                    rested = True
+            if rested:
+                yield Sleep(pause_s)
+                pause_s, timeout_s = pause_s * 2, timeout_s * 2
+
+    def _attempt(self, ref: LinkRef) -> _Attempt:
+        order = self._suspicion.last(self.routing.cold_order(ref.bucket, ref.window_start))
+        return _Attempt(ref, order, block=self.kept(ref))
+
+    def _take(self, attempt: _Attempt, reply: Message | CallFailed) -> None:
+        """Note what one replica brought; without a good block, the next one is up."""
+        node, ref = attempt.node, attempt.ref
+        self._counters.add("cold_reads")
+        attempt.tried += 1
+        if isinstance(reply, BlockBytes):
+            self._suspicion.trust(node)
+            kept = self.kept(ref)  # by another script that shared the same read
+            block = kept if kept is not None else self._decode(ref, reply.data)
+            if block is not None:
+                attempt.block = block
+                self._blocks.put(ref.file, ref.offset, block)
+            else:
+                attempt.damaged += 1
+        elif isinstance(reply, Failure) and reply.kind == Corrupt.__name__:
+            self._suspicion.trust(node)
+            if reply.fields.get("reason") == _MISSING:
+                attempt.missing += 1
+            else:
+                self._counters.add("crc_failures")
+                attempt.damaged += 1
+        else:
+            attempt.dead += 1
+            self._suspicion.suspect(node, self._clock(), Ping())
+
+    def _decode(self, ref: LinkRef, data: bytes) -> DecodedBlock | None:
+        """The block, or None if the bytes are not those that the link names."""
+        if len(data) != ref.length or google_crc32c.value(data) != ref.crc:
+            self._counters.add("crc_failures")
+            return None
+        return decode_block(data, ref.format)
+
+    @staticmethod
+    def _start_over(attempt: _Attempt) -> None:
+        """All replicas were tried: give up if none of them can help, else ask all of them again."""
+        if not attempt.dead:
+            if attempt.missing:
+                # A later generation has replaced it.
+                raise StartOver(f"{attempt.ref.file} is on no cold node, but a link names it", file=attempt.ref.file)
+            raise damaged(attempt.ref)
+        attempt.tried = attempt.dead = attempt.missing = attempt.damaged = 0
+
+
+def damaged(ref: LinkRef) -> Corrupt:
+    """The error of a block without a good copy."""
+    return Corrupt(
+        f"the block of {ref.file} at offset {ref.offset} ({ref.length} bytes) is damaged on every replica",
+        file=ref.file,
+        offset=ref.offset,
+    )

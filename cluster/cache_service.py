@@ -1,0 +1,449 @@
+"""The memory tier's node: takes reads of one storage group, merges them, answers them by strong reads.
+
+Reads that a page in memory covers go through the fast lane: one batch at a time, one version check for all. Others
+go through the fill lane, which fetches pages. What one round trip can't answer (a dead replica, an open entry, cold
+blocks) goes on as a job of its own, a bounded number of them at a time. A node with a budget of 0 keeps no pages and
+serves the same reads; so do storage nodes while no cache node is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from .carriers.base import Carrier
+from .cold.block import DecodedBlock
+from .counters import Counters
+from .drive import drive
+from .effects import Script
+from .errors import Corrupt, InvalidRequest, TimeTierError, TooLarge, Unavailable
+from .keys import MAX_BATCH_ITEMS
+from .messages import (
+    CORRUPT,
+    INVALID,
+    MISPLACED,
+    OK,
+    UNAVAILABLE,
+    FoundItems,
+    Message,
+    Pages,
+    Ping,
+    Pong,
+    ReadItems,
+    ReadPages,
+    Status,
+    StatusRequest,
+    pack_i64,
+    pack_u32,
+    unpack_u32,
+)
+from .page_cache import BlockCache, PageCache
+from .read_lanes import Lane, SharedBlockReads
+from .read_requests import ItemAnswer, PageAnswer, Read
+from .read_steps import Job, ReaderSettings, Step
+from .reading import Reader
+from .routing import Routing
+from .topology import Topology
+
+_log = logging.getLogger(__name__)
+
+MAX_TIMEOUT_S = 60.0
+MAX_ANSWER_BYTES = 40 << 20  # keys and values of one answer; what does not fit is to be asked for again
+_MIN_PAGE_BYTES = 256 << 10
+_FAST_BATCH_READS = 4_096
+_FILL_BATCH_READS = 256
+_FILL_BATCHES = 4
+_MAX_BATCHES = 16
+_STALL_S = 0.02
+_MAX_JOBS = 128
+_RETRY_AFTER_S = 0.05
+_MIN_KEY_BYTES, _MAX_KEY_BYTES = 8, 8 + 2 * 255 + 2
+
+
+class _Ticket:
+    """One message: how many of its reads are left, and a future that is done when none is."""
+
+    __slots__ = ("future", "left")
+
+    def __init__(self, reads: list[Read]) -> None:
+        self.left = len(reads)
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for read in reads:
+            read.ticket = self
+
+    def one_done(self) -> None:
+        self.left -= 1
+        if not self.left:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Let the message be answered as it stands."""
+        if not self.future.done():
+            self.future.set_result(None)
+
+
+class CacheService:
+    """Implements `Service`: answers `ReadPages` and `ReadItems` for the timelines of one storage group."""
+
+    def __init__(
+        self,
+        name: str,
+        group: int,
+        topology: Topology,
+        carrier: Carrier,
+        *,
+        budget_bytes: int,
+        page_items: int = 64,
+        block_cache_bytes: int = 64 << 20,
+        max_queued_requests: int = 50_000,
+        counters: Counters | None = None,
+        seed: int = 0,
+        settings: ReaderSettings | None = None,
+    ) -> None:
+        """`budget_bytes`: memory for pages; 0 keeps none. `max_queued_requests`: reads in this node at a time, beyond
+        which it refuses with `Unavailable`. `settings` overrides all other times and limits; `page_items` goes into
+        them when they are not given. Raises InvalidRequest.
+        """
+        for argument, value in (("budget_bytes", budget_bytes), ("block_cache_bytes", block_cache_bytes)):
+            if value < 0:
+                raise InvalidRequest(f"{argument}={value}: pass 0 or more bytes")
+        if max_queued_requests < 1 or not 1 <= page_items <= MAX_BATCH_ITEMS:
+            raise InvalidRequest(
+                f"max_queued_requests={max_queued_requests}, page_items={page_items}: pass 1 or more, "
+                f"and at most {MAX_BATCH_ITEMS} page_items"
+            )
+        self.name = name
+        self.group = group
+        self.counters = counters or Counters()
+        self._topology = topology
+        self._routing = Routing(topology)
+        self._carrier = SharedBlockReads(carrier)
+        self._cache = PageCache(budget_bytes)
+        self._blocks: BlockCache[DecodedBlock] = BlockCache(block_cache_bytes)
+        self._reader = Reader(
+            self._routing,
+            self._cache,
+            self._blocks,
+            clock=time.monotonic,
+            random=random.Random(seed),
+            settings=settings or ReaderSettings(page_items=page_items),
+            counters=self.counters,
+        )
+        self._max_queued_requests = max_queued_requests
+        self._open = 0  # reads without an answer yet
+        self._serving = True
+        self._tickets: set[_Ticket] = set()
+        self._fast = self._lane(parallel=1, batch_reads=_FAST_BATCH_READS, one_per_timeline=False)
+        self._fill = self._lane(parallel=_FILL_BATCHES, batch_reads=_FILL_BATCH_READS, one_per_timeline=True)
+        self._jobs: deque[Job] = deque()
+        self._job_tasks: set[asyncio.Task[None]] = set()
+
+    def _lane(self, *, parallel: int, batch_reads: int, one_per_timeline: bool) -> Lane:
+        return Lane(
+            self._run_batch,
+            parallel=parallel,
+            batch_reads=batch_reads,
+            max_batches=_MAX_BATCHES,
+            stall_s=_STALL_S,
+            one_per_timeline=one_per_timeline,
+        )
+
+    # ------------------------------------------------------------ as a Service
+
+    async def start(self) -> None:
+        """Nothing to open: the memory tier begins empty."""
+
+    async def handle(self, message: Message) -> Message | None:
+        """Answer one message. Raises Unavailable when too much is queued, InvalidRequest for other messages."""
+        if isinstance(message, ReadItems):
+            return await self._read_items(message)
+        if isinstance(message, ReadPages):
+            return await self._read_pages(message)
+        if isinstance(message, StatusRequest):
+            return Status(json.dumps(self.status()).encode())
+        if isinstance(message, Ping):
+            return Pong()
+        raise InvalidRequest(f"{self.name} is a cache node: it takes no {type(message).__name__} messages")
+
+    def update(self, topology: Topology) -> None:
+        """Go by a later topology."""
+        if topology.epoch > self._topology.epoch:
+            self._topology = topology
+            self._routing = Routing(topology)
+            self._reader.update(self._routing)
+
+    def status(self) -> dict[str, Any]:
+        """State and figures."""
+        self._measure()
+        return {
+            "name": self.name,
+            "state": "serving" if self._serving else "stopped",
+            "reason": "",
+            "group": self.group,
+            "epoch": self._topology.epoch,
+            "suspected": self._reader.suspicion.names(),
+            "counters": self.counters.read(),
+        }
+
+    async def stop(self) -> None:
+        """Give up all reads; those that wait get Unavailable."""
+        self._serving = False
+        self._jobs.clear()
+        for ticket in self._tickets:
+            ticket.give_up()
+        tasks = list(self._job_tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._fast.stop()
+        await self._fill.stop()
+        await self._carrier.close()
+
+    def _measure(self) -> None:
+        counters = self.counters
+        counters.set("bytes", self._cache.nbytes)
+        counters.set("entries", len(self._cache))
+        counters.set("block_bytes", self._blocks.nbytes)
+        counters.set("evictions", self._cache.evictions)
+        counters.set("queue", self._open)
+
+    # ------------------------------------------------------------ requests
+
+    async def _read_pages(self, message: ReadPages) -> Pages:
+        limits = unpack_u32(message.limits)
+        count = self._check_columns(message.timelines, message.before, limits)
+        outcomes = self._place(message.timelines)
+        deadline = self._deadline(message.timeout_ms)
+        max_bytes = max(_MIN_PAGE_BYTES, MAX_ANSWER_BYTES // 2 // max(count, 1))
+        reads: list[Read | None] = []
+        for index, (timeline, before, limit) in enumerate(zip(message.timelines, message.before, limits, strict=True)):
+            if outcomes[index] == OK and not (
+                1 <= limit <= MAX_BATCH_ITEMS and (not before or _MIN_KEY_BYTES <= len(before) <= _MAX_KEY_BYTES)
+            ):
+                outcomes[index] = INVALID
+            good = outcomes[index] == OK
+            reads.append(Read(timeline, before, limit, deadline, max_bytes) if good else None)
+        await self._answer_all(reads, deadline)
+        return _pages(outcomes, reads)
+
+    async def _read_items(self, message: ReadItems) -> FoundItems:
+        self._check_columns(message.timelines, message.keys)
+        outcomes = self._place(message.timelines)
+        deadline = self._deadline(message.timeout_ms)
+        reads: list[Read | None] = []
+        for index, (timeline, key) in enumerate(zip(message.timelines, message.keys, strict=True)):
+            if not _MIN_KEY_BYTES + 2 <= len(key) <= _MAX_KEY_BYTES and outcomes[index] == OK:
+                outcomes[index] = INVALID
+            reads.append(Read(timeline, key, 0, deadline) if outcomes[index] == OK else None)
+        await self._answer_all(reads, deadline)
+        return _found_items(outcomes, reads)
+
+    @staticmethod
+    def _check_columns(timelines: list[bytes], *columns: Sequence[object]) -> int:
+        count = len(timelines)
+        if count > MAX_BATCH_ITEMS:
+            raise TooLarge(f"{count} requests in a message, the limit is {MAX_BATCH_ITEMS}", limit=MAX_BATCH_ITEMS)
+        if any(len(column) != count for column in columns):
+            raise InvalidRequest(f"columns of a message differ in length: {count}, {[len(c) for c in columns]}")
+        return count
+
+    def _place(self, timelines: list[bytes]) -> bytearray:
+        """An outcome per timeline: OK, INVALID or MISPLACED. A bad one must not reach a batch that others share."""
+        outcomes = bytearray(len(timelines))
+        if not all(map(_is_timeline, timelines)):
+            for index, timeline in enumerate(timelines):
+                if not _is_timeline(timeline):
+                    outcomes[index] = INVALID
+            good = [timeline for timeline in timelines if _is_timeline(timeline)]
+        else:
+            good = timelines
+        groups = iter(self._routing.storage_groups(good))
+        for index in range(len(timelines)):
+            if outcomes[index] == OK and next(groups) != self.group:
+                outcomes[index] = MISPLACED
+        return outcomes
+
+    @staticmethod
+    def _deadline(timeout_ms: int) -> float:
+        return time.monotonic() + min(max(timeout_ms, 1) / 1000, MAX_TIMEOUT_S)
+
+    async def _answer_all(self, given: list[Read | None], deadline: float) -> None:
+        """Have the reads answered, as far as that is possible before the deadline."""
+        reads = [read for read in given if read is not None]
+        self.counters.add("requests")
+        self.counters.add("items", len(given))
+        if not reads:
+            return
+        if not self._serving:
+            raise Unavailable(f"{self.name} is stopping")
+        if self._open + len(reads) > self._max_queued_requests:
+            self.counters.add("refused", len(reads))
+            raise Unavailable(
+                f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._open += len(reads)
+        ticket = _Ticket(reads)
+        self._tickets.add(ticket)
+        is_resident = self._reader.is_resident
+        fast: list[Read] = []
+        fill: list[Read] = []
+        for read in reads:
+            (fast if is_resident(read) else fill).append(read)
+        if fast:
+            self._fast.put(fast)
+        if fill:
+            self._fill.put(fill)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await ticket.future
+        except TimeoutError:
+            self.counters.add("timeouts", ticket.left)
+        finally:
+            self._tickets.discard(ticket)
+
+    # ------------------------------------------------------------ batches and jobs
+
+    async def _run_batch(self, reads: list[Read]) -> None:
+        await self._run(self._reader.batch(reads), reads)
+
+    async def _run(self, script: Script[Step], reads: list[Read]) -> None:
+        """Carry out a script for `reads`. Raises nothing but cancellation; every read gets an answer or goes on."""
+        try:
+            step = await drive(script, self._carrier)
+        except asyncio.CancelledError:
+            self._give_up(reads, Unavailable(f"{self.name} is stopping"))
+            raise
+        except Exception as error:
+            if not isinstance(error, TimeTierError):
+                _log.exception("%s: a read failed in an unforeseen way", self.name)
+            self._give_up(
+                reads, error if isinstance(error, TimeTierError) else Unavailable(f"internal error: {error!r}")
+            )
+            return
+        for read in step.done:
+            self._done(read)
+        for job in step.then:
+            self._jobs.append(job)
+        self._start_jobs()
+        self._measure()
+
+    def _give_up(self, reads: list[Read], error: TimeTierError) -> None:
+        for read in reads:
+            if read.answer is None:
+                read.answer = error
+            self._done(read)
+
+    def _done(self, read: Read) -> None:
+        ticket = read.ticket
+        if isinstance(ticket, _Ticket):
+            read.ticket = None
+            self._open -= 1
+            ticket.one_done()
+
+    def _start_jobs(self) -> None:
+        while self._jobs and len(self._job_tasks) < _MAX_JOBS and self._serving:
+            job = self._jobs.popleft()
+            task = asyncio.create_task(self._run_job(job))
+            self._job_tasks.add(task)
+            task.add_done_callback(self._job_finished)
+
+    def _run_job(self, job: Job) -> Coroutine[Any, Any, None]:
+        return self._run(job.script, job.reads)
+
+    def _job_finished(self, task: asyncio.Task[None]) -> None:
+        self._job_tasks.discard(task)
+        self._start_jobs()
+
+
+def _is_timeline(key: bytes) -> bool:
+    """Whether the bytes have the form of a timeline key."""
+    if len(key) < 6:
+        return False
+    end = 5 + key[4]
+    return len(key) > end and len(key) == end + 1 + key[end]
+
+
+def _outcome(read: Read) -> int:
+    return CORRUPT if isinstance(read.answer, Corrupt) else UNAVAILABLE
+
+
+def _pages(outcomes: bytearray, reads: list[Read | None]) -> Pages:
+    """The columns of the answer. Where the outcome is not OK, a request has no items and version -1."""
+    timeline_versions: list[int] = []
+    counts: list[int] = []
+    more = bytearray(len(outcomes))
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    versions: list[int] = []
+    written: list[int] = []
+    size = 0
+    for index, read in enumerate(reads):
+        answer = None if read is None else read.answer
+        if isinstance(answer, PageAnswer):
+            items = answer.items
+            size += sum(map(len, items.keys)) + sum(map(len, items.values))
+            if size <= MAX_ANSWER_BYTES:
+                timeline_versions.append(answer.version)
+                counts.append(len(items.keys))
+                more[index] = items.more
+                keys += items.keys
+                values += items.values
+                versions += items.versions
+                written += items.written
+                continue
+        timeline_versions.append(-1)
+        counts.append(0)
+        if read is not None:
+            outcomes[index] = _outcome(read)
+    return Pages(
+        bytes(outcomes),
+        pack_i64(timeline_versions),
+        pack_u32(counts),
+        bytes(more),
+        keys,
+        values,
+        pack_i64(versions),
+        pack_i64(written),
+    )
+
+
+def _found_items(outcomes: bytearray, reads: list[Read | None]) -> FoundItems:
+    """The columns of the answer. Where the outcome is not OK, nothing is found and the version is -1."""
+    timeline_versions: list[int] = []
+    found = bytearray(len(outcomes))
+    values: list[bytes] = []
+    versions: list[int] = []
+    written: list[int] = []
+    size = 0
+    for index, read in enumerate(reads):
+        answer = None if read is None else read.answer
+        if isinstance(answer, ItemAnswer):
+            size += len(answer.value)
+            if size <= MAX_ANSWER_BYTES:
+                timeline_versions.append(answer.version)
+                found[index] = answer.found
+                values.append(answer.value)
+                versions.append(answer.item_version)
+                written.append(answer.written)
+                continue
+        timeline_versions.append(-1)
+        values.append(b"")
+        versions.append(0)
+        written.append(0)
+        if read is not None:
+            outcomes[index] = _outcome(read)
+    return FoundItems(
+        bytes(outcomes),
+        pack_i64(timeline_versions),
+        bytes(found),
+        values,
+        pack_i64(versions),
+        pack_i64(written),
+    )

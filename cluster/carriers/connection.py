@@ -1,0 +1,170 @@
+"""What both ends of a direct connection share: the challenge first, then frames, written one loop turn at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from typing import cast
+
+from ..counters import Counters
+from .framing import HEADER, FrameError, FrameParser
+from .handshake import ClientHandshake, ServerHandshake
+
+CLOSE_TIMEOUT_S = 1.0  # time that a closing connection has to hand over what is queued
+LOG_LINES = 10  # of refusals and the like, at most, in each
+LOG_WINDOW_S = 10.0
+MAX_LINE_LENGTH = 400
+UNACKNOWLEDGED_TIMEOUT_MS = 10_000  # a TCP peer that takes nothing for so long is gone
+
+
+def host_id() -> str:
+    """Identity of this machine while it runs: its boot id, or its host name where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+class BoundedLog:
+    """Warnings, `LOG_LINES` in `LOG_WINDOW_S` seconds at most; what was left out is told with the next line."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._window_start_s = float("-inf")
+        self._lines = 0
+
+    def warn(self, now_s: float, text: str) -> None:
+        """Log `text` unless there were too many lines of late. `now_s`: monotonic."""
+        if now_s - self._window_start_s >= LOG_WINDOW_S:
+            left_out = self._lines - LOG_LINES
+            if left_out > 0:
+                self._logger.warning("%d more lines like these were left out", left_out)
+            self._window_start_s, self._lines = now_s, 0
+        self._lines += 1
+        if self._lines <= LOG_LINES:
+            self._logger.warning("%s", text[:MAX_LINE_LENGTH])  # it may quote what a peer sent
+
+
+class FrameConnection(asyncio.Protocol):
+    """One connection. Sides add what they do when it opens (`opened`), with frames (`take_frames`) and at its end
+    (`lost`)."""
+
+    def __init__(
+        self, handshake: ServerHandshake | ClientHandshake, counters: Counters, log: BoundedLog, max_frame_bytes: int
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.counters = counters
+        self.closing = False  # nothing is read or written any more
+        self.end_reason = ""  # why it ended, if this side ended it
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.parser = FrameParser(max_frame_bytes)
+        self.handshake = handshake
+        self.transport: asyncio.Transport
+        self._log = log
+        self._corked: list[bytes] = []  # parts of the frames of this loop turn
+        self._corked_bytes = 0
+
+    # ------------------------------------------------------------ what a side adds
+
+    def opened(self) -> None:
+        """The other side has shown that it knows the secret."""
+
+    def take_frames(self) -> None:
+        """Take complete frames from the parser. A FrameError ends the connection."""
+
+    def lost(self, reason: str) -> None:
+        """The connection is over. Called once."""
+
+    # ------------------------------------------------------------ called by asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        _notice_dead_peers(self.transport.get_extra_info("socket"))
+        if isinstance(self.handshake, ServerHandshake):
+            self.transport.write(self.handshake.greeting)
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        try:
+            if self.handshake.done:
+                self.parser.feed(data)
+                self.take_frames()
+                return
+            answer = self.handshake.receive(data)
+            if self.handshake.done:
+                self.opened()
+            if answer and not self.closing:
+                self.transport.write(answer)
+        except FrameError as error:
+            self.drop(error.counter, str(error))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closing = True
+        self._corked.clear()
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self.lost(self.end_reason or (str(error) if error else "closed by the peer"))
+
+    # ------------------------------------------------------------ called by the sides
+
+    def queued_bytes(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._corked_bytes + self.transport.get_write_buffer_size()
+
+    def write_frame(self, call_id: int, kind: int, payload: bytes) -> None:
+        """Send a frame at the end of this loop turn, together with all others of it."""
+        if not self._corked:
+            self.loop.call_soon(self._flush)
+        self._corked.append(HEADER.pack(len(payload), call_id, kind))
+        self._corked.append(payload)
+        self._corked_bytes += HEADER.size + len(payload)
+
+    def _flush(self) -> None:
+        if self._corked and not self.closing:
+            self.transport.write(b"".join(self._corked))
+        self._corked.clear()
+        self._corked_bytes = 0
+
+    def drop(self, counter: str, reason: str) -> None:
+        """End the connection at once, count it and log why."""
+        if self.closing:
+            return
+        self.counters.add(counter)
+        self._log.warn(self.loop.time(), f"connection with {self.describe_peer()} ended: {reason}")
+        self.end_reason = reason
+        self.closing = True
+        self.transport.abort()
+
+    def close(self, reason: str) -> None:
+        """End the connection after what is queued was sent, in CLOSE_TIMEOUT_S seconds at most."""
+        if self.closing:
+            return
+        self._flush()
+        self.end_reason = reason
+        self.closing = True
+        self.transport.close()
+        timer = self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+        self.ended.add_done_callback(lambda _: timer.cancel())
+
+    def describe_peer(self) -> str:
+        """The other side, for log lines."""
+        peer = self.transport.get_extra_info("peername")
+        return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local process"
+
+
+def _notice_dead_peers(sock: socket.socket | None) -> None:
+    """Have the kernel end a TCP connection whose other machine is gone without a word."""
+    if sock is None or sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 5),
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_TIMEOUT_MS),
+    ):
+        if hasattr(socket, name):  # not every system has each of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,385 @@
+"""What a client does with a batch of requests, as scripts (see `effects.py`). *Pure*.
+
+All three kinds of batch share the loop of `client_batch.py`. The rules for one request:
+
+| answer | read | write |
+|---|---|---|
+| OK | done | done |
+| no answer | next node at once | next node at once; its fate is unknown if the node may have seen it |
+| UNAVAILABLE | next node, after a pause | the same: this attempt was surely not applied |
+| UNKNOWN | next node, after a pause | next node, after a pause; its fate is unknown |
+| CONFLICT | | VersionConflict |
+| STALE | | again with the present version; OutcomeUnknown if the fate of an earlier attempt is unknown |
+| MISPLACED | have the map fetched, and again after a pause | the same |
+| INVALID | InvalidRequest | InvalidRequest, or OutcomeUnknown if the fate of an earlier attempt is unknown |
+| CORRUPT | Corrupt: every copy is damaged | like UNKNOWN: another replica may do better |
+
+Every attempt of a write carries the same request id and the same `seen`, and a store applies an id at most once: so
+a write of unknown fate is simply sent again. Only STALE ends that: the store no longer remembers the ids of that
+time. At the deadline a write of unknown fate ends as OutcomeUnknown, everything else as Unavailable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from .client_batch import Batch, describe
+from .effects import Call, CallFailed, Script
+from .errors import Corrupt, InvalidRequest, OutcomeUnknown, TimeTierError, Unavailable, VersionConflict
+from .messages import (
+    CONFLICT,
+    CORRUPT,
+    INVALID,
+    MISPLACED,
+    OK,
+    STALE,
+    UNAVAILABLE,
+    FoundItems,
+    Message,
+    Pages,
+    ReadItems,
+    ReadPages,
+    StatusRequest,
+    Write,
+    Written,
+    pack_i64,
+    pack_u32,
+    unpack_i64,
+    unpack_u32,
+)
+from .view import ClientSettings, View
+
+__all__ = [
+    "ClientSettings",
+    "ItemQuery",
+    "ItemResult",
+    "PageQuery",
+    "PageResult",
+    "View",
+    "WriteRequest",
+    "ask_status",
+    "read_items",
+    "read_pages",
+    "write",
+]
+
+_REQUEST_BYTES = 50  # of the fixed columns
+_STATUS_CALLS = 64  # status questions in flight at once
+
+
+@dataclass(slots=True)
+class WriteRequest:
+    """One atomic write. `kinds[i]` says what is done with `keys[i]` and `values[i]` (see `messages.py`).
+
+    `if_version`: apply only if this is the timeline's version, -1 = unconditional. `request_id`: 16 bytes; without
+    one the client gives it its own. `known_size_bytes`: as `size_bytes`, filled in when that is first asked for.
+    """
+
+    timeline: bytes
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+    if_version: int = -1
+    request_id: bytes = b""
+    known_size_bytes: int = -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the request takes in a message, nearly."""
+        if self.known_size_bytes < 0:
+            self.known_size_bytes = (
+                _REQUEST_BYTES + len(self.timeline) + sum(map(len, self.keys)) + sum(map(len, self.values))
+            )
+        return self.known_size_bytes
+
+
+class PageQuery(NamedTuple):
+    """The newest `limit` items of a timeline below `before` (an item key or a bound, exclusive; b"" = the newest)."""
+
+    timeline: bytes
+    before: bytes
+    limit: int
+
+
+class PageResult(NamedTuple):
+    """Columns of a page, newest first. `version`: of the timeline. `more`: older items may exist."""
+
+    version: int
+    more: bool
+    keys: list[bytes]
+    values: list[bytes]
+    versions: list[int]
+    written_us: list[int]
+
+
+class ItemQuery(NamedTuple):
+    """One item by its key."""
+
+    timeline: bytes
+    key: bytes
+
+
+class ItemResult(NamedTuple):
+    """One item; `found` is 0 when there is none. `timeline_version`: the version at which that is true."""
+
+    timeline_version: int
+    found: int
+    value: bytes
+    version: int
+    written_us: int
+
+
+Q = TypeVar("Q", PageQuery, ItemQuery)
+R = TypeVar("R")
+
+
+def write(view: View, requests: Sequence[WriteRequest], timeout_s: float) -> Script[list[int | TimeTierError]]:
+    """Apply the requests, each atomically. Result per request: the version that it got, or its error.
+
+    Requests of one timeline in one call are in no order among themselves.
+    """
+    return (yield from _WriteBatch(view, requests, timeout_s).run())
+
+
+def read_pages(view: View, requests: Sequence[PageQuery], timeout_s: float) -> Script[list[PageResult | TimeTierError]]:
+    """Read a page of each timeline: from the cache nodes, or the storage nodes when none of them answers.
+
+    A page may be shorter than its limit although `more` is set, when its items are large.
+    """
+    return (yield from _PageBatch(view, requests, timeout_s).run())
+
+
+def read_items(view: View, requests: Sequence[ItemQuery], timeout_s: float) -> Script[list[ItemResult | TimeTierError]]:
+    """Read single items: from the cache nodes, or the storage nodes when none of them answers."""
+    return (yield from _ItemBatch(view, requests, timeout_s).run())
+
+
+def ask_status(nodes: Sequence[str], timeout_s: float) -> Script[dict[str, Message | CallFailed]]:
+    """What each node answers when it is asked for its status."""
+    found: dict[str, Message | CallFailed] = {}
+    for start in range(0, len(nodes), _STATUS_CALLS):
+        part = nodes[start : start + _STATUS_CALLS]
+        answers = yield [Call(node, StatusRequest(), timeout_s) for node in part]
+        found.update(zip(part, answers, strict=True))
+    return found
+
+
+class _WriteBatch(Batch[WriteRequest, int]):
+    def __init__(self, view: View, requests: Sequence[WriteRequest], timeout_s: float) -> None:
+        super().__init__(view, requests, timeout_s)
+        self.ids = [request.request_id or view.next_request_id() for request in requests]
+        self.seen = [max(view.seen(request.timeline), request.if_version) for request in requests]
+        self.doubtful: set[int] = set()
+
+    def candidates(self, index: int) -> list[str]:
+        return self.view.routing.storage_order(self.requests[index].timeline)
+
+    def cost(self, index: int) -> tuple[int, int]:
+        request = self.requests[index]
+        return len(request.keys), request.size_bytes
+
+    def message(self, indices: list[int], timeout_ms: int) -> Write:
+        requests = [self.requests[index] for index in indices]
+        return Write(
+            epoch=self.view.routing.topology.epoch,
+            timelines=[request.timeline for request in requests],
+            request_ids=[self.ids[index] for index in indices],
+            seen=pack_i64([self.seen[index] for index in indices]),
+            if_version=pack_i64([request.if_version for request in requests]),
+            counts=pack_u32([len(request.keys) for request in requests]),
+            kinds=b"".join([request.kinds for request in requests]),
+            keys=[key for request in requests for key in request.keys],
+            values=[value for request in requests for value in request.values],
+            timeout_ms=timeout_ms,
+        )
+
+    def doubt(self, indices: Sequence[int]) -> None:
+        self.doubtful.update(indices)
+
+    def late(self, index: int, message: str) -> TimeTierError:
+        if index in self.doubtful:
+            return OutcomeUnknown(f"{message}; the write may have been applied, or still be: read before you retry")
+        return Unavailable(f"{message}; the write was not applied", retry_after_s=None)
+
+    def reject(self, index: int, error: TimeTierError) -> None:
+        if index in self.doubtful:
+            error = OutcomeUnknown(f"{error.message}; an earlier attempt may have been applied: read before you retry")
+        self.results[index] = error
+
+    def shrink(self, indices: list[int], error: TimeTierError) -> None:
+        for index in indices:
+            self.reject(index, error)
+
+    def settle(self, node: str, indices: list[int], answer: Message) -> bool:
+        if not isinstance(answer, Written) or len(answer.outcomes) != len(indices):
+            return False
+        if len(answer.versions) != 8 * len(indices):
+            return False
+        remember = self.view.remember
+        for index, outcome, version in zip(indices, answer.outcomes, unpack_i64(answer.versions), strict=True):
+            if outcome == OK:
+                self.results[index] = version
+                remember(self.requests[index].timeline, version)
+            else:
+                self._not_ok(node, index, outcome, version)
+        return True
+
+    def _not_ok(self, node: str, index: int, outcome: int, version: int) -> None:
+        request = self.requests[index]
+        if outcome == CONFLICT:
+            self.view.remember(request.timeline, version)
+            conflict = VersionConflict(
+                f"{describe(request.timeline)} has version {version}, not if_version={request.if_version}",
+                version=version,
+            )
+            # At a later version the entry that this write could have become is another's. Below it that is open.
+            self.results[index] = conflict
+            if version < request.if_version:
+                self.reject(index, conflict)
+        elif outcome == STALE:
+            self.view.remember(request.timeline, version)
+            if index in self.doubtful:
+                self.results[index] = OutcomeUnknown(
+                    f"{describe(request.timeline)}: the store no longer knows whether an earlier attempt was applied: "
+                    "read before you retry"
+                )
+            elif version > self.seen[index]:
+                self.seen[index] = version  # another node is not needed: the same one answers next
+                self._reasons[index] = f"{node}: it had entries that this client had not seen"
+            else:
+                self.retry_outcome(node, index, outcome)
+        elif outcome == INVALID:
+            self.reject(index, InvalidRequest(f"{node} refused the write to {describe(request.timeline)} as invalid"))
+        else:
+            if outcome not in (UNAVAILABLE, MISPLACED):
+                self.doubt([index])
+            self.retry_outcome(node, index, outcome)
+
+
+class _ReadBatch(Batch[Q, R]):
+    def candidates(self, index: int) -> list[str]:
+        timeline = self.requests[index].timeline
+        routing = self.view.routing
+        return routing.cache_order(timeline) + routing.storage_order(timeline)
+
+    def pick(self, index: int) -> str:
+        if index not in self._tried:
+            caches = self.view.routing.cache_order(self.requests[index].timeline)
+            if caches and not self.view.is_suspect(caches[0]):
+                return caches[0]
+        return super().pick(index)
+
+    def plan(self) -> dict[str, list[int]]:
+        topology = self.view.routing.topology
+        if self._tried or topology.cache_nodes != 1 or topology.storage_groups != 1:
+            return super().plan()
+        node = topology.cache_node(0, 0)  # the small cluster: all go to one node
+        return super().plan() if self.view.is_suspect(node) else {node: self.pending}
+
+    def _not_ok(self, node: str, index: int, outcome: int) -> None:
+        what = describe(self.requests[index].timeline)
+        if outcome == INVALID:
+            self.results[index] = InvalidRequest(f"{node} refused the read of {what} as invalid")
+        elif outcome == CORRUPT:
+            self.results[index] = Corrupt(f"{what}: stored bytes are damaged in every copy")
+        else:
+            self.retry_outcome(node, index, outcome)
+
+
+class _PageBatch(_ReadBatch[PageQuery, PageResult]):
+    def __init__(self, view: View, requests: Sequence[PageQuery], timeout_s: float) -> None:
+        super().__init__(view, requests, timeout_s)
+        self.limits = [request.limit for request in requests]
+
+    def cost(self, index: int) -> tuple[int, int]:
+        return self.limits[index], len(self.requests[index].timeline) + len(self.requests[index].before)
+
+    def message(self, indices: list[int], timeout_ms: int) -> ReadPages:
+        return ReadPages(
+            epoch=self.view.routing.topology.epoch,
+            timelines=[self.requests[index].timeline for index in indices],
+            before=[self.requests[index].before for index in indices],
+            limits=pack_u32([self.limits[index] for index in indices]),
+            timeout_ms=timeout_ms,
+        )
+
+    def shrink(self, indices: list[int], error: TimeTierError) -> None:
+        if len(indices) == 1 and self.limits[indices[0]] > 1:
+            self.limits[indices[0]] //= 2
+        else:
+            super().shrink(indices, error)
+
+    def settle(self, node: str, indices: list[int], answer: Message) -> bool:
+        if not isinstance(answer, Pages):
+            return False
+        requests, items = len(indices), len(answer.keys)
+        fits = len(answer.outcomes) == len(answer.more) == requests and len(answer.values) == items
+        if not fits or len(answer.versions) != 8 * items or len(answer.written) != 8 * items:
+            return False
+        if len(answer.timeline_versions) != 8 * requests or len(answer.counts) != 4 * requests:
+            return False
+        counts = unpack_u32(answer.counts)
+        if sum(counts) != items:
+            return False
+        versions, written = unpack_i64(answer.versions), unpack_i64(answer.written)
+        timeline_versions = unpack_i64(answer.timeline_versions)
+        low = 0
+        for at, index in enumerate(indices):
+            high = low + counts[at]
+            if answer.outcomes[at] != OK:
+                self._not_ok(node, index, answer.outcomes[at])
+            elif answer.more[at] and high == low:  # such a page could not say where the next one starts
+                self.retry(node, [index], "it sent an empty page that claims to go on", wait=True)
+            else:
+                keys, values = answer.keys[low:high], answer.values[low:high]
+                self.results[index] = PageResult(
+                    timeline_versions[at], bool(answer.more[at]), keys, values, versions[low:high], written[low:high]
+                )
+                self.view.remember(self.requests[index].timeline, timeline_versions[at])
+            low = high
+        return True
+
+
+class _ItemBatch(_ReadBatch[ItemQuery, ItemResult]):
+    def split(self, indices: list[int]) -> list[list[int]]:
+        most = self.max_requests  # each is one item of less than 1 KB
+        return [indices[low : low + most] for low in range(0, len(indices), most)]
+
+    def message(self, indices: list[int], timeout_ms: int) -> ReadItems:
+        return ReadItems(
+            epoch=self.view.routing.topology.epoch,
+            timelines=[self.requests[index].timeline for index in indices],
+            keys=[self.requests[index].key for index in indices],
+            timeout_ms=timeout_ms,
+        )
+
+    def settle(self, node: str, indices: list[int], answer: Message) -> bool:
+        if not isinstance(answer, FoundItems):
+            return False
+        requests = len(indices)
+        fits = len(answer.outcomes) == len(answer.found) == len(answer.values) == requests
+        columns = (answer.timeline_versions, answer.versions, answer.written)
+        if not fits or any(len(column) != 8 * requests for column in columns):
+            return False
+        found = map(
+            ItemResult._make,
+            zip(
+                unpack_i64(answer.timeline_versions),
+                answer.found,
+                answer.values,
+                unpack_i64(answer.versions),
+                unpack_i64(answer.written),
+                strict=True,
+            ),
+        )
+        if requests == len(self.requests) and answer.outcomes.count(OK) == requests:
+            self.results[:] = found
+            return True
+        for index, outcome, result in zip(indices, answer.outcomes, found, strict=True):
+            if outcome == OK:
+                self.results[index] = result
+            else:
+                self._not_ok(node, index, outcome)
+        return True

@@ -1,0 +1,360 @@
+"""Files of one cold node on its disks, without a network.
+
+A file lies at `FOLDER/disk-N/NAME` and never changes under its name, except when damaged bytes are restored. It is
+written in pieces to `NAME.part`; the last piece makes it durable: fsync, read back from the disk (not from the page
+cache) and compare with the checksum that the writer computed, rename, fsync of the folder. So whatever has its name
+was once verified on this very disk. All methods block and may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+
+from ..errors import Corrupt, InvalidRequest, TooLarge, Unavailable
+from .block import FileIndex, checksum, read_index
+
+MAX_PIECE_BYTES = 32 << 20
+MAX_FILE_BYTES = 64 << 30
+LIST_PAGE = 1_000
+_OPEN_PARTS = 16
+_STALE_PART_S = 60.0
+_CHUNK_BYTES = 1 << 20
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_PART = ".part"
+
+
+class StoredFile(NamedTuple):
+    """A file of this node. `disk`: ordinal; `modified`: seconds since 1970."""
+
+    disk: int
+    size: int
+    modified: float
+
+
+class FileEntry(NamedTuple):
+    """A line of a listing."""
+
+    name: str
+    size: int
+    age_s: int
+
+
+@dataclass(slots=True)
+class _Part:
+    disk: int
+    size: int
+    touched: float  # monotonic seconds
+
+
+def check_name(file: str) -> str:
+    """The same name, if a file may have it. Raises InvalidRequest."""
+    if not _NAME.fullmatch(file) or file.endswith(_PART):
+        raise InvalidRequest(f"file={file!r}: pass 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit")
+    return file
+
+
+class ColdStore:
+    """Cold files in `folder`, spread over `disks` folders `disk-0`, `disk-1`, ... (one for each physical disk)."""
+
+    def __init__(self, folder: Path | str, disks: int) -> None:
+        """Find the files that are there; drop what was left half written. Raises Unavailable, InvalidRequest."""
+        if disks < 1:
+            raise InvalidRequest(f"disks={disks}: pass 1 or more")
+        self.folder = Path(folder)
+        self.disks = disks
+        self._lock = threading.Lock()  # guards the two dicts
+        self._writing = threading.Lock()  # one writer at a time: pieces of a file come in order
+        self._files: dict[str, StoredFile] = {}
+        self._parts: dict[str, _Part] = {}
+        for disk in range(disks):
+            with self._errors(f"open disk-{disk}"):
+                self._open_disk(disk)
+
+    def _open_disk(self, disk: int) -> None:
+        place = self._disk_folder(disk)
+        place.mkdir(parents=True, exist_ok=True)
+        for path in sorted(place.iterdir()):
+            if path.name.endswith(_PART):
+                path.unlink()
+            elif _NAME.fullmatch(path.name) and path.name not in self._files and path.is_file():
+                facts = path.stat()
+                self._files[path.name] = StoredFile(disk, facts.st_size, facts.st_mtime)
+
+    # ------------------------------------------------------------ writing
+
+    def write_piece(self, file: str, disk: int, offset: int, data: bytes, *, last: bool, crc: int) -> tuple[int, int]:
+        """Write a piece of a new file; offset 0 starts it over. Returns (size so far, 0), after the last piece
+        (size, CRC32C of the whole as read back from the disk).
+
+        The same content under a name that exists is success. Raises InvalidRequest (a gap between pieces, other
+        content under that name, a checksum that does not fit), TooLarge, Unavailable (disk full, I/O error).
+        """
+        self._check_piece(check_name(file), disk, offset, data)
+        with self._writing, self._errors(f"write {file} to disk-{disk}"):
+            part = self._part_for(file, disk, offset)
+            path = self._part_path(file, part.disk)
+            flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0)
+            with _opened(path, flags) as descriptor:
+                _write_all(descriptor, data, offset)
+                part.size = max(part.size, offset + len(data))
+                part.touched = time.monotonic()
+                if not last:
+                    return part.size, 0
+                if offset + len(data) != part.size:
+                    raise InvalidRequest(f"{file}: the last piece ends at {offset + len(data)}, not at {part.size}")
+                os.fsync(descriptor)
+                found = _crc_from_disk(descriptor, part.size)
+            self._finish(file, part, found, crc)
+            return part.size, found
+
+    def _check_piece(self, file: str, disk: int, offset: int, data: bytes) -> None:
+        if not 0 <= disk < self.disks:
+            raise InvalidRequest(f"disk={disk}: this node has disks 0 to {self.disks - 1}")
+        if len(data) > MAX_PIECE_BYTES:
+            raise TooLarge(f"a piece of {len(data)} bytes, the limit is {MAX_PIECE_BYTES}", limit=MAX_PIECE_BYTES)
+        if not 0 <= offset <= MAX_FILE_BYTES - len(data):
+            raise InvalidRequest(f"{file}: offset={offset}: files have at most {MAX_FILE_BYTES} bytes")
+
+    def _part_for(self, file: str, disk: int, offset: int) -> _Part:
+        part = self._parts.get(file)
+        if part is None or offset == 0:
+            if offset:
+                raise InvalidRequest(f"{file}: a piece at {offset}, but its beginning is not here: start at 0")
+            if part is not None:
+                self._drop_part(file)
+            self._make_room()
+            part = self._parts[file] = _Part(disk, 0, time.monotonic())
+        if part.disk != disk or offset > part.size:
+            raise InvalidRequest(f"{file}: a piece at {offset} of disk-{disk}; disk-{part.disk} has {part.size} bytes")
+        return part
+
+    def _make_room(self) -> None:
+        if len(self._parts) < _OPEN_PARTS:
+            return
+        stalest = min(self._parts, key=lambda name: self._parts[name].touched)
+        if time.monotonic() - self._parts[stalest].touched < _STALE_PART_S:
+            raise Unavailable(f"{_OPEN_PARTS} files are being written at once", retry_after_s=_STALE_PART_S)
+        self._drop_part(stalest)
+
+    def _finish(self, file: str, part: _Part, found: int, crc: int) -> None:
+        """Give a complete part its name, or drop it."""
+        if found != crc:
+            self._drop_part(file)
+            raise InvalidRequest(f"{file}: {part.size} bytes on disk have checksum {found:08x}, not {crc:08x}")
+        present = self._files.get(file)
+        if present is not None and self._path(file, present.disk).exists():
+            with _opened(self._path(file, present.disk), os.O_RDONLY) as descriptor:
+                same = os.fstat(descriptor).st_size == part.size
+                same = same and _crc_from_disk(descriptor, part.size) == crc
+            self._drop_part(file)
+            if not same:
+                raise InvalidRequest(f"{file} exists with other content: choose another name")
+            return
+        self._name(self._part_path(file, part.disk), file, part)
+        del self._parts[file]
+
+    def _name(self, source: Path, file: str, part: _Part) -> None:
+        path = self._path(file, part.disk)
+        source.replace(path)
+        _sync_folder(path.parent)
+        with self._lock:
+            self._files[file] = StoredFile(part.disk, part.size, path.stat().st_mtime)
+
+    def _drop_part(self, file: str) -> None:
+        part = self._parts.pop(file)
+        self._part_path(file, part.disk).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ reading
+
+    def read_block(self, file: str, offset: int, length: int, crc: int) -> bytes:
+        """Bytes of a block by one positioned read, checked.
+
+        Raises Corrupt, whose field `reason` is "missing" (no such file), "short" (the file ends before) or
+        "checksum"; InvalidRequest; Unavailable (I/O error).
+        """
+        data = self._read(file, offset, length, MAX_PIECE_BYTES)
+        if len(data) != length:
+            raise Corrupt(f"{file} is truncated: {len(data)} of {length} bytes at {offset}", reason="short")
+        found = checksum(data)
+        if found != crc:
+            raise Corrupt(
+                f"{file}: {length} bytes at {offset} have checksum {found:08x}, not {crc:08x}", reason="checksum"
+            )
+        return data
+
+    def read_piece(self, file: str, offset: int, length: int) -> tuple[StoredFile, bytes]:
+        """Up to `length` bytes as they are, to copy a file. Raises as `read_block`, but checks nothing."""
+        return self.find(file), self._read(file, offset, length, MAX_PIECE_BYTES)
+
+    def _read(self, file: str, offset: int, length: int, most: int) -> bytes:
+        if offset < 0 or not 0 < length <= most:
+            raise InvalidRequest(f"{length} bytes at {offset}: pass an offset >= 0 and 1 to {most} bytes")
+        path = self._path(file, self.find(file).disk)
+        try:
+            with self._errors(f"read {file}", may_miss=True), _opened(path, os.O_RDONLY) as descriptor:
+                return os.pread(descriptor, length, offset)
+        except FileNotFoundError:
+            raise _missing(file, path.parent.name) from None
+
+    def find(self, file: str) -> StoredFile:
+        """Where a file lies. Raises Corrupt with reason "missing", InvalidRequest."""
+        with self._lock:
+            stored = self._files.get(check_name(file))
+        if stored is None:
+            raise _missing(file, "any disk")
+        return stored
+
+    def index(self, file: str) -> tuple[StoredFile, FileIndex]:
+        """A file's place and what its footer says. Raises Corrupt, InvalidRequest, Unavailable."""
+        stored = self.find(file)
+        path = self._path(file, stored.disk)
+        try:
+            with self._errors(f"read {file}", may_miss=True):
+                return stored, read_index(str(path))
+        except FileNotFoundError:
+            raise _missing(file, path.parent.name) from None
+
+    def list_files(self, cursor: str = "", limit: int = LIST_PAGE) -> tuple[list[FileEntry], bool]:
+        """Files whose names come after `cursor`, by name, and whether there are more."""
+        with self._lock:
+            names = sorted(name for name in self._files if name > cursor)
+            page = [(name, self._files[name]) for name in names[:limit]]
+        now = time.time()
+        entries = [FileEntry(name, stored.size, max(0, int(now - stored.modified))) for name, stored in page]
+        return entries, len(names) > limit
+
+    def totals(self) -> tuple[int, int]:
+        """Number of files, and their bytes."""
+        with self._lock:
+            return len(self._files), sum(stored.size for stored in self._files.values())
+
+    # ------------------------------------------------------------ removing and restoring
+
+    def remove(self, file: str) -> bool:
+        """Remove a file; False if it is not there. Raises InvalidRequest, Unavailable."""
+        check_name(file)
+        with self._writing, self._errors(f"remove {file}"):
+            with self._lock:
+                stored = self._files.pop(file, None)
+            if stored is None:
+                return False
+            path = self._path(file, stored.disk)
+            path.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+            return True
+
+    def restore(self, file: str, offset: int, data: bytes) -> None:
+        """Write good bytes over damaged ones, in place, and read them back. Raises Corrupt, Unavailable."""
+        path = self._path(file, self.find(file).disk)
+        with self._writing, self._errors(f"restore {file}"), _opened(path, os.O_RDWR) as descriptor:
+            facts = os.fstat(descriptor)
+            if offset + len(data) > facts.st_size:
+                raise Corrupt(f"{file} is truncated at {facts.st_size}", reason="short")
+            _write_all(descriptor, data, offset)
+            os.fsync(descriptor)
+            os.utime(descriptor, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # the age of a file is that of its rows
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if os.pread(descriptor, len(data), offset) != data:
+                raise Unavailable(f"{file}: disk-{self.find(file).disk} does not keep what is written to it")
+
+    def replace(self, file: str, disk: int, pieces: Iterator[bytes]) -> None:
+        """Put a whole copy in the place of a missing or truncated file, after it was found good.
+
+        `disk`: where to put it if it is on no disk. The copy is checked by its own index. Raises Corrupt if the
+        copy is damaged too, Unavailable; whatever `pieces` raises.
+        """
+        with self._lock:
+            stored = self._files.get(check_name(file))
+        part = _Part(stored.disk if stored else disk % self.disks, 0, time.monotonic())
+        copy = self._disk_folder(part.disk) / f"{file}.copy{_PART}"  # apart from what the sink may be writing
+        with self._errors(f"restore {file}"):
+            try:
+                with _opened(copy, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
+                    for piece in pieces:
+                        _write_all(descriptor, piece, part.size)
+                        part.size += len(piece)
+                    os.fsync(descriptor)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    for entry in read_index(str(copy)).blocks:
+                        data = os.pread(descriptor, entry.length, entry.offset)
+                        if checksum(data) != entry.crc:
+                            raise Corrupt(f"{file}: the copy's block at {entry.offset} is damaged", reason="checksum")
+                with self._writing:
+                    self._name(copy, file, part)
+            finally:
+                copy.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ paths and errors
+
+    def _disk_folder(self, disk: int) -> Path:
+        return self.folder / f"disk-{disk}"
+
+    def _path(self, file: str, disk: int) -> Path:
+        return self._disk_folder(disk) / check_name(file)
+
+    def _part_path(self, file: str, disk: int) -> Path:
+        return self._disk_folder(disk) / (check_name(file) + _PART)
+
+    @contextmanager
+    def _errors(self, what: str, *, may_miss: bool = False) -> Iterator[None]:
+        """Tell the caller what could not be done. `may_miss`: a FileNotFoundError goes on as it is."""
+        try:
+            yield
+        except OSError as error:
+            if may_miss and isinstance(error, FileNotFoundError):
+                raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full: free some space or add disks" if full else f"I/O error: {error.strerror}"
+            raise Unavailable(f"can't {what} in {self.folder}: {reason}") from error
+
+
+def _missing(file: str, place: str) -> Corrupt:
+    return Corrupt(f"{file} is missing on {place}", reason="missing")
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _crc_from_disk(descriptor: int, size: int) -> int:
+    """CRC32C of a file that was fsync'd, read from the disk."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    crc = offset = 0
+    while offset < size:
+        chunk = os.pread(descriptor, _CHUNK_BYTES, offset)
+        if not chunk:
+            raise OSError(errno.EIO, f"the file ends at {offset}, not at {size}")
+        crc = int(google_crc32c.extend(crc, chunk))
+        offset += len(chunk)
+    return crc
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Runs scripts (see `effects.py`) under asyncio, over a carrier."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from .carriers.base import CallError, Carrier
+from .effects import Call, CallFailed, Script, Sleep
+from .messages import Message
+
+T = TypeVar("T")
+
+
+async def drive(script: Script[T], carrier: Carrier) -> T:
+    """Result of a script whose calls go over `carrier`.
+
+    An error other than CallError (a message beyond the frame limit, say) is raised inside the script, at its yield.
+    When the driver is cancelled, calls in flight are given up and the script is closed.
+    """
+    try:
+        effect = next(script)
+        while True:
+            try:
+                result = await _carry_out(effect, carrier)
+            except Exception as error:
+                effect = script.throw(error)
+            else:
+                effect = script.send(result)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    finally:
+        script.close()
+
+
+async def _carry_out(effect: list[Call] | Sleep, carrier: Carrier) -> Any:
+    if isinstance(effect, Sleep):
+        await asyncio.sleep(effect.seconds)
+        return asyncio.get_running_loop().time()
+    if len(effect) == 1:
+        return [await _call(effect[0], carrier)]
+    return await _call_all(effect, carrier)
+
+
+async def _call_all(calls: list[Call], carrier: Carrier) -> list[Message | CallFailed]:
+    """Results of calls made in parallel. The first needs no task of its own."""
+    if not calls:
+        return []
+    tasks = [asyncio.create_task(_call(call, carrier)) for call in calls[1:]]
+    try:
+        results = [await _call(calls[0], carrier)]
+        for task in tasks:
+            results.append(await task)
+        return results
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _call(call: Call, carrier: Carrier) -> Message | CallFailed:
+    try:
+        return await carrier.call(call.node, call.message, call.timeout_s)
+    except CallError as error:
+        return CallFailed(call.node, error.message, error.sent)

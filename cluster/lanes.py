@@ -1,0 +1,252 @@
+"""Request merging: calls that come while a batch is in flight form the next one.
+
+A single call on an idle lane leaves at once, so merging costs no latency; under load the batches grow by themselves
+to what arrives in one round trip, and the cost of a message is shared by all requests in it. A window of time would
+only add waiting: it measured no better.
+
+Each storage group has its own lane, so a group that is in trouble delays only its own calls. Within a lane a batch
+may be slow too (it met the cold tier, or a node that hangs), so a call waits for the batch before it no longer than
+`patience_s`. Big calls gain nothing from merging: a few of them fly side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .errors import InvalidRequest, TimeTierError, Unavailable
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLimits:
+    """Bounds of one lane.
+
+    `batch_items`: calls are merged up to this many requests (a single call may have more). `big_items`: from this
+    many waiting requests on, up to `big_batches` batches fly side by side. `max_batches`: bound on all batches in
+    flight. `patience_s`: a batch that takes longer no longer holds the next one back. `queued_items`,
+    `queued_bytes`: what may wait. `max_wait_s`: how long a call may wait before it fails.
+    """
+
+    batch_items: int = 1_000
+    big_items: int = 256
+    big_batches: int = 4
+    max_batches: int = 32
+    patience_s: float = 0.005
+    queued_items: int = 100_000
+    queued_bytes: int = 64 << 20
+    max_wait_s: float = 10.0
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[Q, R]):
+    requests: Sequence[Q]
+    size_bytes: int
+    since: float
+    answer: asyncio.Future[Sequence[R]]
+
+
+class Lane(Generic[Q, R]):
+    """Merges calls into batches. `run_batch` takes requests and returns their results in the same order."""
+
+    def __init__(
+        self,
+        run_batch: Callable[[Sequence[Q]], Awaitable[Sequence[R]]],
+        limits: LaneLimits | None = None,
+    ) -> None:
+        self.limits = limits or LaneLimits()
+        self.queued_items = 0
+        self.queued_bytes = 0
+        self.flying = 0
+        self._run_batch = run_batch
+        self._queue: deque[_Waiting[Q, R]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+
+    async def submit(self, requests: Sequence[Q], size_bytes: int = 0) -> Sequence[R]:
+        """Results of the requests. Raises Unavailable, with nothing sent, when the queue is full.
+
+        A caller that is cancelled before its requests were sent takes them back; afterwards only their results go.
+        """
+        if self._closed:
+            raise InvalidRequest("the store is closed: connect again")
+        if not self._queue and self._may_start(len(requests)):
+            self._took_off()
+            try:
+                return await self._run_batch(requests)
+            finally:
+                self._landed()
+        limits = self.limits
+        items = self.queued_items + len(requests)
+        if items > limits.queued_items or self.queued_bytes + size_bytes > limits.queued_bytes:
+            raise Unavailable(
+                f"the client's queue is full ({self.queued_items} requests, {self.queued_bytes} bytes): "
+                "call less at once, or wait for earlier calls",
+                retry_after_s=0.1,
+            )
+        loop = asyncio.get_running_loop()
+        waiting: _Waiting[Q, R] = _Waiting(requests, size_bytes, loop.time(), loop.create_future())
+        self._queue.append(waiting)
+        self.queued_items, self.queued_bytes = items, self.queued_bytes + size_bytes
+        if self._timer is None:
+            self._timer = loop.call_later(limits.patience_s, self._tick)
+        return await waiting.answer
+
+    async def close(self, grace_s: float = 1.0) -> None:
+        """Fail what waits, give batches in flight `grace_s` seconds to end, and cancel the rest."""
+        self._closed = True
+        while self._queue:
+            self._refuse(self._pop(), "the store was closed")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _may_start(self, items: int) -> bool:
+        if self.flying == 0:
+            return True
+        return items >= self.limits.big_items and self.flying < self.limits.big_batches
+
+    def _took_off(self) -> None:
+        self.flying += 1
+        self._idle.clear()
+
+    def _landed(self) -> None:
+        self.flying -= 1
+        if not self.flying:
+            self._idle.set()
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._queue and self._may_start(self.queued_items):
+            self._start_next()
+
+    def _tick(self) -> None:
+        """A call has waited for `patience_s`: start without waiting for the batches in flight."""
+        self._timer = None
+        if not self._queue:
+            return
+        limits = self.limits
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._queue and now - self._queue[0].since > limits.max_wait_s:
+            self._refuse(self._pop(), f"it waited {limits.max_wait_s:g} s behind slow requests of the same group")
+        if self._queue and now - self._queue[0].since >= limits.patience_s and self.flying < limits.max_batches:
+            self._start_next()
+        if self._queue:
+            rest_s = limits.patience_s - (now - self._queue[0].since)
+            self._timer = loop.call_later(max(rest_s, limits.patience_s / 4), self._tick)
+
+    def _pop(self) -> _Waiting[Q, R]:
+        waiting = self._queue.popleft()
+        self.queued_items -= len(waiting.requests)
+        self.queued_bytes -= waiting.size_bytes
+        return waiting
+
+    def _refuse(self, waiting: _Waiting[Q, R], reason: str) -> None:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(Unavailable(f"not sent: {reason}", retry_after_s=None))
+
+    def _start_next(self) -> None:
+        calls: list[_Waiting[Q, R]] = []
+        items = 0
+        while self._queue and (not calls or items + len(self._queue[0].requests) <= self.limits.batch_items):
+            waiting = self._pop()
+            if not waiting.answer.done():  # else its caller has gone
+                calls.append(waiting)
+                items += len(waiting.requests)
+        if calls:
+            self._took_off()
+            task = asyncio.get_running_loop().create_task(self._fly(calls))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _fly(self, calls: list[_Waiting[Q, R]]) -> None:
+        requests = calls[0].requests if len(calls) == 1 else [one for call in calls for one in call.requests]
+        try:
+            results = await self._run_batch(requests)
+        except asyncio.CancelledError:
+            for call in calls:
+                call.answer.cancel()
+            raise
+        except Exception as error:  # each caller gets it: nothing is swallowed
+            for call in calls:
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+        else:
+            low = 0
+            for call in calls:
+                high = low + len(call.requests)
+                if not call.answer.done():
+                    call.answer.set_result(results[low:high])
+                low = high
+        finally:
+            self._landed()
+
+
+class Lanes(Generic[Q, R]):
+    """One lane for each storage group."""
+
+    def __init__(
+        self,
+        run_batch: Callable[[Sequence[Q]], Awaitable[Sequence[R]]],
+        size_bytes: Callable[[Sequence[Q]], int],
+        limits: LaneLimits | None = None,
+    ) -> None:
+        self._run_batch = run_batch
+        self._size_bytes = size_bytes
+        self._limits = limits or LaneLimits()
+        self._lanes: dict[int, Lane[Q, R]] = {}
+
+    async def submit(self, groups: Sequence[int], requests: Sequence[Q]) -> list[R | TimeTierError]:
+        """Results of the requests, `groups[i]` being the group of `requests[i]`.
+
+        A full queue is an error in the results of its group only: other groups may have been written to.
+        """
+        first = groups[0]
+        if groups.count(first) == len(groups):
+            return list(await self._submit_part(first, requests))
+        parts: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            parts.setdefault(group, []).append(index)
+        answers = await asyncio.gather(
+            *[self._submit_part(group, [requests[i] for i in indices]) for group, indices in parts.items()]
+        )
+        results: list[Any] = [None] * len(requests)
+        for indices, answer in zip(parts.values(), answers, strict=True):
+            for index, result in zip(indices, answer, strict=True):
+                results[index] = result
+        return results
+
+    async def _submit_part(self, group: int, requests: Sequence[Q]) -> Sequence[R | TimeTierError]:
+        lane = self._lanes.get(group)
+        if lane is None:
+            lane = self._lanes[group] = Lane(self._run_batch, self._limits)
+        try:
+            return await lane.submit(requests, self._size_bytes(requests))
+        except Unavailable as error:
+            return [error] * len(requests)
+
+    def figures(self) -> dict[str, int]:
+        """Requests that wait, and batches in flight, over all groups."""
+        return {
+            "queued_items": sum(lane.queued_items for lane in self._lanes.values()),
+            "batches_in_flight": sum(lane.flying for lane in self._lanes.values()),
+        }
+
+    async def close(self, grace_s: float = 1.0) -> None:
+        """Close all lanes."""
+        await asyncio.gather(*[lane.close(grace_s) for lane in self._lanes.values()])

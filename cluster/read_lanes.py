@@ -1,0 +1,151 @@
+"""Merging of reads: what arrives while a batch is under way forms the next batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from .carriers.base import Address, CallError, Carrier
+from .messages import BlockRead, Message
+from .read_requests import Read
+
+_MAX_LOOKED_AT = 4  # batches' worth of queued reads that are looked at for one batch
+
+
+class Lane:
+    """A queue of reads of which `parallel` batches are under way at a time.
+
+    A batch that takes longer than `stall_s` (a replica is paused, say) no longer holds up the next one, as long as
+    fewer than `max_batches` are under way. `one_per_timeline`: a timeline is in one batch at a time, so that what
+    one fetch brings is there for the reads that came meanwhile.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Read]], Awaitable[None]],
+        *,
+        parallel: int,
+        batch_reads: int,
+        max_batches: int,
+        stall_s: float,
+        one_per_timeline: bool,
+    ) -> None:
+        """`run` answers a batch, or passes it on; it raises nothing."""
+        self._run = run
+        self._parallel = parallel
+        self._batch_reads = batch_reads
+        self._max_batches = max_batches
+        self._stall_s = stall_s
+        self._one_per_timeline = one_per_timeline
+        self._queue: deque[Read] = deque()
+        self._busy: set[bytes] = set()
+        self._holding = 0  # batches that hold up the next one
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, reads: Iterable[Read]) -> None:
+        """Queue reads; they start at once if nothing holds them up."""
+        self._queue.extend(reads)
+        self._pump()
+
+    async def stop(self) -> None:
+        """Give up the batches under way and what is queued."""
+        self._queue.clear()
+        self._max_batches = 0
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _pump(self) -> None:
+        while self._queue and self._holding < self._parallel and len(self._tasks) < self._max_batches:
+            batch = self._take()
+            if not batch:
+                return
+            self._holding += 1
+            timelines = {read.timeline for read in batch} if self._one_per_timeline else set()
+            self._busy |= timelines
+            task = asyncio.create_task(self._carry_out(batch, timelines))
+            self._tasks.add(task)
+            task.add_done_callback(self._finished)
+
+    def _take(self) -> list[Read]:
+        queue = self._queue
+        if not self._one_per_timeline:
+            return [queue.popleft() for _ in range(min(self._batch_reads, len(queue)))]
+        batch: list[Read] = []
+        passed: list[Read] = []
+        for _ in range(min(self._batch_reads * _MAX_LOOKED_AT, len(queue))):
+            read = queue.popleft()
+            (passed if read.timeline in self._busy else batch).append(read)
+            if len(batch) == self._batch_reads:
+                break
+        queue.extendleft(reversed(passed))
+        return batch
+
+    async def _carry_out(self, batch: list[Read], timelines: set[bytes]) -> None:
+        holds = True
+
+        def let_others_pass() -> None:
+            nonlocal holds
+            if holds:
+                holds = False
+                self._holding -= 1
+            self._pump()
+
+        timer = asyncio.get_running_loop().call_later(self._stall_s, let_others_pass)
+        try:
+            await self._run(batch)
+        finally:
+            timer.cancel()
+            self._busy -= timelines
+            let_others_pass()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._pump()  # for a queue that waits for the number of batches to fall
+
+
+class SharedBlockReads:
+    """A carrier on which equal block reads of one moment share one call."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._under_way: dict[tuple[str, str, int, int], asyncio.Task[Message]] = {}
+
+    async def call(self, node: str, message: Message, timeout_s: float) -> Message:
+        """Answer of `node`. Raises CallError when none came in time."""
+        if not isinstance(message, BlockRead):
+            return await self._carrier.call(node, message, timeout_s)
+        key = (node, message.file, message.offset, message.length)
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._carrier.call(node, message, timeout_s))
+            self._under_way[key] = task
+            task.add_done_callback(lambda done: self._forget(key, done))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            raise CallError(f"no block of {node} within {timeout_s:.3f} s", sent=True) from None
+
+    def _forget(self, key: tuple[str, str, int, int], task: asyncio.Task[Message]) -> None:
+        del self._under_way[key]
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if nobody did, it is no news
+
+    def send(self, node: str, message: Message) -> bool:
+        """Send one way."""
+        return self._carrier.send(node, message)
+
+    def update(self, addresses: Mapping[str, Address]) -> None:
+        """Replace what is known of where nodes listen."""
+        self._carrier.update(addresses)
+
+    async def close(self) -> None:
+        """Give up the reads under way. The carrier below belongs to whoever made it."""
+        for task in list(self._under_way.values()):
+            task.cancel()

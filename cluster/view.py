@@ -1,0 +1,134 @@
+"""What a client knows between calls: the map, who failed lately, versions it has seen, its request ids. *Pure*.
+
+Nothing here is needed for correctness of what is stored: a client that knows an old map is told, one that knows no
+version learns it from the first refusal, and suspicion only changes who is asked first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from .routing import Routing
+from .topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Settings of one client.
+
+    `timeout_s`: how long a request is tried, counted from the moment it is first sent; before that it may wait in
+    the client's queue as long again. An error that comes later than this is a bug.
+    `attempt_timeout_s`: how long one node may take before the next one is asked. Lower means faster failover, and
+    more needless second attempts while a healthy node is busy.
+    `suspect_s`, `suspect_max_s`: a node that failed is asked last for this long, doubling with each further failure.
+    `back_off_s`, `back_off_max_s`: pause before a repeated attempt, doubling, with jitter.
+    `seen_timelines`: versions remembered, about 200 bytes each.
+    `batch_items`: calls are merged into one batch up to this many requests.
+    `queued_items`, `queued_bytes`: what may wait in one queue (one per kind of call and storage group).
+    """
+
+    timeout_s: float = 10.0
+    attempt_timeout_s: float = 2.0
+    suspect_s: float = 1.0
+    suspect_max_s: float = 8.0
+    back_off_s: float = 0.005
+    back_off_max_s: float = 0.5
+    seen_timelines: int = 100_000
+    batch_items: int = 1_000
+    queued_items: int = 100_000
+    queued_bytes: int = 64 << 20
+
+
+class View:
+    """State shared by all calls of one client. `now`: monotonic seconds."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        now: Callable[[], float],
+        random: Random,
+        settings: ClientSettings | None = None,
+    ) -> None:
+        self.routing = Routing(topology)
+        self.now = now
+        self.random = random
+        self.settings = settings or ClientSettings()
+        self.stale_map = False  # a node refused our map; cleared by the next one
+        self.closing = False  # calls in flight give up at their next step
+        self.on_stale: Callable[[], None] = lambda: None
+        self._seen: OrderedDict[bytes, int] = OrderedDict()
+        self._suspects: dict[str, tuple[float, float]] = {}  # node -> (suspected until, length of the suspicion)
+        self._id_prefix = random.randbytes(8)
+        self._id_counter = 0
+
+    def update(self, topology: Topology) -> None:
+        """Go by another map from the next attempt on."""
+        self.routing = Routing(topology)
+        self.stale_map = False
+        names = set(topology.node_names())
+        self._suspects = {node: since for node, since in self._suspects.items() if node in names}
+
+    def mark_stale(self) -> None:
+        """A node said that the map is old: have it fetched (`on_stale`)."""
+        self.stale_map = True
+        self.on_stale()
+
+    def next_request_id(self) -> bytes:
+        """16 bytes that no other request has: 8 random ones of this client, and a counter."""
+        self._id_counter += 1
+        return self._id_prefix + self._id_counter.to_bytes(8, "big")
+
+    def choose(self, candidates: Sequence[str], tried: Collection[str] = ()) -> str | None:
+        """First candidate that is neither tried nor suspected, else the first untried; None when all were tried."""
+        if not tried and not self._suspects:
+            return candidates[0] if candidates else None
+        last = None
+        for node in candidates:
+            if node in tried:
+                continue
+            if not self.is_suspect(node):
+                return node
+            last = last or node
+        return last
+
+    def suspect(self, node: str) -> None:
+        """The node brought no answer: ask it last for a while."""
+        until, length_s = self._suspects.get(node, (0.0, 0.0))
+        now = self.now()
+        if now < until:
+            return  # calls that failed together count once
+        length_s = min(max(self.settings.suspect_s, 2 * length_s), self.settings.suspect_max_s)
+        self._suspects[node] = (now + length_s, length_s)
+
+    def trust(self, node: str) -> None:
+        """The node answered."""
+        if self._suspects:
+            self._suspects.pop(node, None)
+
+    def is_suspect(self, node: str) -> bool:
+        """Whether the node failed lately."""
+        suspicion = self._suspects.get(node)
+        return suspicion is not None and self.now() < suspicion[0]
+
+    def remember(self, timeline: bytes, version: int) -> None:
+        """Note a version that the timeline has reached."""
+        seen = self._seen
+        if version > seen.get(timeline, 0):
+            seen[timeline] = version
+            if len(seen) > self.settings.seen_timelines:
+                seen.popitem(last=False)
+        if timeline in seen:
+            seen.move_to_end(timeline)
+
+    def seen(self, timeline: bytes) -> int:
+        """Greatest version that this client knows of the timeline, 0 for none."""
+        return self._seen.get(timeline, 0)
+
+    def back_off_s(self, repeats: int) -> float:
+        """Pause before attempt `repeats` + 1: doubling, jittered between a half and the whole of it."""
+        longest_s = min(self.settings.back_off_s * 2.0 ** min(repeats, 32), self.settings.back_off_max_s)
+        return longest_s * (0.5 + 0.5 * self.random.random())

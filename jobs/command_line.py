@@ -1,0 +1,37 @@
+"""The command line: `timetier COMMAND`. Rules of all commands are in `cli_common.py`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .. import __version__
+from .cli_cluster import down, map_command, status, up
+from .cli_common import run_command
+from .cli_data import delete, get, load, put, timeline
+from .cli_demo import demo
+from .cli_sink import sink
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="timetier")
+def commands() -> None:
+    """A strongly consistent, tiered store for timelines, at home in a Ray cluster.
+
+    Start with `timetier up`. Commands find the cluster by --address or RAY_ADDRESS, or else the local one of the
+    data folder.
+    """
+
+
+for command in (up, down, status, load, get, put, timeline, delete, sink, map_command, demo):
+    commands.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run one command and exit with its status."""
+    sys.exit(run_command(commands, arguments))
+
+
+if __name__ == "__main__":
+    main()

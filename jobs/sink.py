@@ -1,0 +1,125 @@
+"""Runs the sink once: the program of a Ray job (or of a task, where Ray has no job server).
+
+All logic is in `cluster/cold/sink_script.py`; this connects, drives it and reports. Exit status 0 only when nothing
+went wrong. What went wrong is in the report's `errors`; running again does what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from ..actors.connecting import ClusterStore, connect_async
+from ..cluster.cold.sink_calls import SinkSettings
+from ..cluster.cold.sink_script import SinkProgress, SinkReport, TableSink, sink
+from ..cluster.cold.sinking import CutOffs, chosen_cut_offs
+from ..cluster.drive import drive
+from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from ..cluster.topology import Topology
+
+_REPORT_PERIOD_S = 0.5
+_REPORTED_ERRORS = 10
+_REPORTED_ERROR_CHARS = 500
+
+
+def run_name() -> str:
+    """Name of this run: the id of the Ray job that it is, or a random one."""
+    try:
+        metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+        return str(metadata["job_submission_id"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"sink-{uuid.uuid4().hex[:12]}"
+
+
+def tables_to_sink(
+    topology: Topology, names: tuple[str, ...], before: int | None, by_event_time: bool, now_us: int
+) -> list[TableSink]:
+    """The named tables, or all that are configured, with their cut-offs. Raises InvalidRequest."""
+    tasks = []
+    for name in names or sorted(topology.tables):
+        policy = topology.policy(name)
+        if policy is None:
+            raise InvalidRequest(f"table={name!r} is not configured; known: {', '.join(sorted(topology.tables))}")
+        cut_offs: CutOffs = chosen_cut_offs(policy, now_us, before=before, by_event_time=by_event_time)
+        tasks.append(TableSink(name.encode(), policy, cut_offs))
+    return tasks
+
+
+async def run_sink(store: ClusterStore, tasks: list[TableSink], run: str, now_us: int) -> SinkReport:
+    """Run the sink with a connected store; the Router is told how it goes, if it answers."""
+    config = store.config.sink
+    settings = SinkSettings(
+        block_rows=config.block_rows, file_bytes=config.file_mb << 20, orphan_grace_s=config.orphan_grace
+    )
+    last: list[SinkProgress] = []
+    name = re.sub("[^a-z0-9-]", "-", run.lower())[-40:]
+    script = sink(store.view, tasks, run=name, now_us=now_us, settings=settings, progress=lambda p: last.append(p))
+    teller = asyncio.create_task(_tell(store, run, last))
+    try:
+        return await drive(script, store.carrier)
+    finally:
+        teller.cancel()
+        await asyncio.gather(teller, return_exceptions=True)
+
+
+async def _tell(store: ClusterStore, run: str, last: list[SinkProgress]) -> None:
+    while True:
+        if last:
+            progress = last[-1]
+            last.clear()
+            figures = {"done": progress.buckets_done, "total": progress.buckets_total, **asdict(progress)}
+            await _report(store, {"run": run, "state": "running", **figures})
+        await asyncio.sleep(_REPORT_PERIOD_S)
+
+
+async def _report(store: ClusterStore, report: dict[str, Any]) -> None:
+    try:
+        await store.router_report(report)
+    except Unavailable as error:  # a run does not need the Router
+        print(f"the Router did not take the report: {error}", file=sys.stderr)
+
+
+async def _run(namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str) -> bool:
+    now_us = time.time_ns() // 1_000
+    store = await connect_async(namespace=namespace)
+    try:
+        tasks = tables_to_sink(store.view.routing.topology, tables, before, by_event_time, now_us)
+        report = await run_sink(store, tasks, run, now_us)
+        print(report.to_json(), flush=True)
+        errors = [error[:_REPORTED_ERROR_CHARS] for error in report.errors[:_REPORTED_ERRORS]]
+        state = "failed" if errors else "succeeded"
+        await _report(store, {**asdict(report), "errors": errors, "run": run, "state": state})
+        for error in report.errors:
+            print(error, file=sys.stderr)
+        return not report.errors
+    finally:
+        await store.close()
+
+
+@click.command()
+@click.option("--namespace", default="timetier", help="Ray namespace of the cluster.")
+@click.option("--table", "tables", multiple=True, help="Only this table; may be repeated.")
+@click.option("--before", type=int, help="Cut-off instead of the table's cold_after, in the table's unit.")
+@click.option("--by-event-time", is_flag=True, help="Go by the items' timestamps alone, whenever they were written.")
+@click.option("--run", default=None, help="Name of the run in reports, files and links.")
+def main(namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str | None) -> None:
+    """Move old items to the cold tier."""
+    try:
+        ok = asyncio.run(_run(namespace, tables, before, by_event_time, run or run_name()))
+    except TimeTierError as error:
+        print(f"timetier sink: {error}", file=sys.stderr)
+        ok = False
+    sys.exit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The sink's program: what it is told on its command line becomes what is sunk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from cold_model import POLICY, topology
+from timetier.cluster.cold.sinking import CutOffs
+from timetier.cluster.errors import InvalidRequest
+from timetier.cluster.keys import MAX_TIMESTAMP
+from timetier.jobs.sink import main, run_name, tables_to_sink
+
+
+def test_all_configured_tables_sink_unless_some_are_named() -> None:
+    shape = topology()
+    (task,) = tables_to_sink(shape, (), None, False, 1_000_000_000)
+    assert (task.table, task.policy, task.cut_offs) == (b"t", POLICY, CutOffs(900, 900_000_000))
+    (task,) = tables_to_sink(shape, ("t",), 77, True, 1_000_000_000)
+    assert task.cut_offs == CutOffs(77, MAX_TIMESTAMP)
+    with pytest.raises(InvalidRequest, match="known: t"):
+        tables_to_sink(shape, ("other",), None, False, 0)
+
+
+def test_a_run_is_named_like_its_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"metadata": {"job_submission_id": "raysubmit_Ab1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert run_name() == "raysubmit_Ab1"
+    for other in ("", "{}", "no json", '{"metadata": null}'):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", other)
+        assert run_name().startswith("sink-")
+    assert run_name() != run_name()
+
+
+def test_the_program_explains_its_options() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    for option in ("--namespace", "--table", "--before", "--by-event-time", "--run"):
+        assert option in result.output
