@@ -15,13 +15,15 @@ from typing import Any
 import msgspec
 
 from ..cluster.carriers.base import Address
-from ..cluster.config import Config, load_config, table_policies
+from ..cluster.config import Config, load_config
 from ..cluster.durable_file import make_folder_durably, write_durably
-from ..cluster.errors import InvalidRequest
+from ..cluster.errors import Corrupt, InvalidRequest
 from ..cluster.identity import Refused, has_identity
+from ..cluster.static_map import SHIPPED_BUCKETS, StaticMap
 from ..cluster.topology import Topology
 
 FORMAT = 1
+MAP_FILE = "static.map"
 MAX_RUNS = 20
 MAX_REPORT_BYTES = 16_384
 GRANTED, FORMATTED = "granted", "formatted"
@@ -32,6 +34,7 @@ class _State(msgspec.Struct):
     namespace: str
     config: str
     secret: str
+    map_checksum: str
     epoch: int = 1
     addresses: dict[str, Address] = {}
     folders: dict[str, str] = {}
@@ -47,9 +50,10 @@ class _File(msgspec.Struct):
 class RouterState:
     """The durable part of the Router. Every method that changes something returns after it is on disk."""
 
-    def __init__(self, path: Path, state: _State) -> None:
+    def __init__(self, path: Path, state: _State, static_map: StaticMap) -> None:
         self._path = path
         self._state = state
+        self._static_map = static_map
         self.config = Config.from_json(state.config)
         self._nodes = frozenset(self._shape().node_names())
 
@@ -65,7 +69,10 @@ class RouterState:
             _refuse_orphans(data_dir)
             make_folder_durably(path.parent)
             first = config or load_config(None, data_dir=data_dir).model_copy(update={"namespace": namespace})
-            made = cls(path, _State(uuid.uuid4().hex, namespace, first.to_json(), secrets.token_hex(32)))
+            static_map = StaticMap.load(first.buckets)
+            write_durably(path.with_name(MAP_FILE), static_map.to_bytes())
+            begun = _State(uuid.uuid4().hex, namespace, first.to_json(), secrets.token_hex(32), static_map.checksum)
+            made = cls(path, begun, static_map)
             made._save()
             return made
         state = _read(path)
@@ -74,7 +81,7 @@ class RouterState:
                 f"{data_dir} belongs to the cluster of namespace {state.namespace!r}, not {namespace!r}: "
                 "give each cluster a data folder of its own"
             )
-        opened = cls(path, state)
+        opened = cls(path, state, _read_map(path.with_name(MAP_FILE), state.map_checksum))
         # The folder may have been moved since, so where it lies now is what counts.
         opened._take_config((config or opened.config).model_copy(update={"data_dir": data_dir.absolute()}))
         return opened
@@ -181,23 +188,16 @@ class RouterState:
 
     def _shape(self) -> Topology:
         state = self._state
-        storage, cold = self.config.storage, self.config.cold
-        tables, default_table = table_policies(self.config)
-        return Topology(
+        shape = self.config.topology(
             cluster_id=state.cluster_id,
             namespace=state.namespace,
             epoch=state.epoch,
-            buckets=self.config.buckets,
-            storage_groups=storage.groups,
-            storage_replicas=storage.replicas,
-            cold_groups=cold.groups,
-            cold_replicas=cold.replicas,
-            cold_disks=cold.disks,
-            cache_nodes=self.config.cache.nodes,
-            tables=tables,
-            default_table=default_table,
             addresses=dict(state.addresses),
             secret=state.secret,
+        )
+        shipped = self.config.buckets == SHIPPED_BUCKETS
+        return msgspec.structs.replace(
+            shape, map_checksum=state.map_checksum, static_map=b"" if shipped else self._static_map.to_bytes()
         )
 
     def _check_node(self, node: str) -> None:
@@ -221,6 +221,20 @@ def _read(path: Path) -> _State:
     if state.format > FORMAT:
         raise Refused(f"{path} has format {state.format}, this program reads up to {FORMAT}: use a newer TimeTier")
     return state
+
+
+def _read_map(path: Path, checksum: str) -> StaticMap:
+    """The map of buckets to groups that the cluster was created with."""
+    remedy = "restore it from a copy: it says which group holds which data"
+    try:
+        found = StaticMap.from_bytes(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise Refused(f"{path} is missing: {remedy}") from None
+    except Corrupt as error:
+        raise Refused(f"{error.message}; {remedy}") from None
+    if found.checksum != checksum:
+        raise Refused(f"{path} is another map ({found.checksum}) than the cluster's ({checksum}): {remedy}")
+    return found
 
 
 def _refuse_orphans(data_dir: Path) -> None:

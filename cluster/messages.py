@@ -247,7 +247,8 @@ class Links(_Part):
 class Checked(_Message):
     """Answer to `Check`, all of it from one instant of this replica.
 
-    `chosen`: int64, the version up to which this replica has applied the timeline, and as of which it answers.
+    `chosen`: int64, the version up to which this replica has applied the timeline, and as of which it answers; -1
+    when it can't tell (it knows that it is behind): then it is neither a vote nor data.
     `payloads`: SAME, DELTA, RANGE or POINT. Items are newest first in a RANGE, in log order in a DELTA.
     `wiped`: int64, items (also in blocks) of a version up to this one are deleted.
     `floors`: for a RANGE the item key down to which hot rows and links are complete; b"" = to the oldest.
@@ -413,6 +414,19 @@ class AskChosen(_Message):
     cursor: bytes
 
 
+class AskTables(_Message):
+    """Which tables have rows in this replica's buckets from `bucket` on?"""
+
+    bucket: int
+
+
+class Tables(_Message):
+    """Answer to `AskTables`. `next_bucket`: where to go on, -1 at the end."""
+
+    names: list[bytes]
+    next_bucket: int
+
+
 class ChosenList(_Message):
     """Answer to `AskChosen`. `next`: where the rest starts, as (bucket, cursor); bucket -1 = no more."""
 
@@ -574,6 +588,8 @@ Message = (
     | PeerBatch
     | AskChosen
     | ChosenList
+    | AskTables
+    | Tables
     | Scan
     | Scanned
     | BlockRead

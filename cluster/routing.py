@@ -28,23 +28,36 @@ _CACHE_SLOTS = 1 << 14
 _SCALAR_BATCH = 8  # batches up to this size are faster one by one than through arrays
 
 
+@lru_cache(maxsize=4)
+def _kept_map(encoded: bytes) -> StaticMap:
+    return StaticMap.from_bytes(encoded, "the cluster's static map")
+
+
+def _map_of(topology: Topology) -> StaticMap:
+    """The map that the cluster was created with: placement must not change with the version of the program."""
+    found = _kept_map(topology.static_map) if topology.static_map else StaticMap.load(topology.buckets)
+    if found.buckets != topology.buckets:
+        raise InvalidRequest(f"a static map of {found.buckets} buckets for a cluster of {topology.buckets}")
+    if topology.map_checksum and found.checksum != topology.map_checksum:
+        raise InvalidRequest(
+            f"the cluster was created with static map {topology.map_checksum}, this version of timetier ships "
+            f"{found.checksum}: install the version that the cluster was created with"
+        )
+    return found
+
+
 class Routing:
     """Where the timelines and blocks of one topology live."""
 
-    def __init__(self, topology: Topology, *, static_map: StaticMap | None = None) -> None:
-        """`static_map`: the cluster's own copy; without it, the one that its number of buckets gives.
-
-        Raises InvalidRequest when the topology's numbers can't be routed, Corrupt when the package's map is damaged.
-        """
+    def __init__(self, topology: Topology) -> None:
+        """Raises InvalidRequest when the topology's numbers can't be routed, Corrupt when its map is damaged."""
         for name in ("storage_replicas", "cold_replicas"):
             if getattr(topology, name) not in PERMUTATIONS:
                 known = ", ".join(map(str, PERMUTATIONS))
                 raise InvalidRequest(f"{name}={getattr(topology, name)}: pass one of {known}")
         if topology.cache_nodes < 0:
             raise InvalidRequest(f"cache_nodes={topology.cache_nodes}: pass 0 or more")
-        static_map = StaticMap.load(topology.buckets) if static_map is None else static_map
-        if static_map.buckets != topology.buckets:
-            raise InvalidRequest(f"a static map of {static_map.buckets} buckets for a cluster of {topology.buckets}")
+        static_map = _map_of(topology)
         self.topology = topology
         self._storage_owners = static_map.owners(topology.storage_groups)
         self._cold_owners = static_map.owners(topology.cold_groups)

@@ -25,6 +25,7 @@ from .errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
 from .identity import Identity
 from .messages import (
     AskChosen,
+    AskTables,
     AskVersions,
     Check,
     ChosenList,
@@ -132,7 +133,6 @@ class StorageService:
         self._plan_pump()
 
     async def handle(self, message: Message) -> Message | None:
-        answer: Message | None
         match message:
             case PeerBatch():
                 if self._replica is not None and self._votes_allowed:
@@ -142,7 +142,7 @@ class StorageService:
                 return await self._wait(message, lambda r, token: r.write(self._now(), token, message))
             case Settle():
                 return await self._wait(message, lambda r, token: r.settle(self._now(), token, message))
-            case Check() | AskVersions() | AskChosen() | Scan():
+            case Check() | AskVersions() | AskChosen() | AskTables() | Scan():
                 return await self._wait(message, lambda r, token: r.ask(self._now(), token, message))
             case ReadPages() | ReadItems():
                 self._require_replica()

@@ -27,6 +27,8 @@ class Topology(msgspec.Struct, frozen=True):
     Node names are `storage-G-R`, `cache-G-N` and `cold-G-R` (group, replica or number).
     `default_table`: policy of tables that are not listed, or None when only listed ones exist.
     `secret`: shared by all members, hex; the direct carrier's challenge is answered with it.
+    `map_checksum`: of the static map that the cluster was created with; `static_map`: that map, b"" where it is
+    the one that ships with the package (too large to be sent around).
     """
 
     cluster_id: str
@@ -43,6 +45,8 @@ class Topology(msgspec.Struct, frozen=True):
     default_table: TablePolicy | None
     addresses: dict[str, Address]
     secret: str
+    map_checksum: str = ""
+    static_map: bytes = b""
     format: int = FORMAT
 
     def storage_node(self, group: int, replica: int) -> str:

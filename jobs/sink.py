@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from ..actors.connecting import ClusterStore, connect_async
-from ..cluster.cold.sink_calls import SinkSettings
+from ..cluster.cold.sink_calls import SinkSettings, tables_in_use
 from ..cluster.cold.sink_script import SinkProgress, SinkReport, TableSink, sink
 from ..cluster.cold.sinking import CutOffs, chosen_cut_offs
 from ..cluster.drive import drive
@@ -43,9 +43,9 @@ def run_name() -> str:
 def tables_to_sink(
     topology: Topology, names: tuple[str, ...], before: int | None, by_event_time: bool, now_us: int
 ) -> list[TableSink]:
-    """The named tables, or all that are configured, with their cut-offs. Raises InvalidRequest."""
+    """The named tables with their cut-offs. Raises InvalidRequest."""
     tasks = []
-    for name in names or sorted(topology.tables):
+    for name in names:
         policy = topology.policy(name)
         if policy is None:
             raise InvalidRequest(f"table={name!r} is not configured; known: {', '.join(sorted(topology.tables))}")
@@ -92,6 +92,8 @@ async def _run(namespace: str, tables: tuple[str, ...], before: int | None, by_e
     now_us = time.time_ns() // 1_000
     store = await connect_async(namespace=namespace)
     try:
+        if not tables:
+            tables = await _tables_with_data(store)
         tasks = tables_to_sink(store.view.routing.topology, tables, before, by_event_time, now_us)
         report = await run_sink(store, tasks, run, now_us)
         print(report.to_json(), flush=True)
@@ -103,6 +105,15 @@ async def _run(namespace: str, tables: tuple[str, ...], before: int | None, by_e
         return not report.errors
     finally:
         await store.close()
+
+
+async def _tables_with_data(store: ClusterStore) -> tuple[str, ...]:
+    """Tables that have rows and a policy; what has lost its policy stays where it is."""
+    names = [name.decode() for name in await drive(tables_in_use(store.view, SinkSettings()), store.carrier)]
+    known = tuple(name for name in names if store.view.routing.topology.policy(name) is not None)
+    for name in sorted(set(names) - set(known)):
+        print(f"table {name!r} has data, but no policy in the configuration: it does not sink", file=sys.stderr)
+    return known
 
 
 @click.command()

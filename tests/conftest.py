@@ -17,12 +17,16 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="tt"))
 use_local_ray(_FOLDER)
 
 
+def pytest_unconfigure() -> None:
+    """Leave no folder behind, whichever tests were run."""
+    shutil.rmtree(_FOLDER, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[LocalRay]:
     """A local Ray of two CPUs, with dashboard and `ray://` server, as `timetier up` starts it."""
     yield start_local_ray(_FOLDER, num_cpus=2)
     stop_local_ray(_FOLDER)
-    shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

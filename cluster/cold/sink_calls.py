@@ -14,6 +14,7 @@ from ..messages import (
     OK,
     PUT,
     RANGE,
+    AskTables,
     AskVersions,
     BlockBytes,
     BlockRead,
@@ -25,6 +26,7 @@ from ..messages import (
     Message,
     Settle,
     Settled,
+    Tables,
     Versions,
     pack_i64,
     pack_u32,
@@ -95,6 +97,20 @@ def why_not(answer: object) -> str:
     if isinstance(answer, CallFailed):
         return answer.reason
     return f"it answered with {type(answer).__name__}"
+
+
+def tables_in_use(view: View, settings: SinkSettings) -> Script[list[bytes]]:
+    """Tables that have rows or cold links anywhere, sorted. Raises Unavailable."""
+    names: set[bytes] = set()
+    routing = view.routing
+    for group in range(routing.topology.storage_groups):
+        bucket = 0
+        while bucket >= 0:
+            question = AskTables(bucket)
+            _, answer = yield from ask_first(view, routing.storage_nodes(group), question, Tables, settings)
+            names.update(answer.names)
+            bucket = answer.next_bucket
+    return sorted(names)
 
 
 def strong_versions(

@@ -145,6 +145,8 @@ class Timeline:
         "ids",
         "incoming",
         "key",
+        "linked",
+        "linked_at",
         "log_low",
         "origin",
         "promised",
@@ -177,6 +179,8 @@ class Timeline:
         self.backoff_s = 0.0
         self.held: tuple[int, Prepare | Accept] | None = None
         self.asked_until = 0.0
+        self.linked = 0  # greatest version that cold links rely on, as of version `linked_at` of the system timeline
+        self.linked_at = -1
         self.incoming: Incoming | None = None
 
     @property

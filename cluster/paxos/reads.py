@@ -16,6 +16,7 @@ from ..keys import (
     bucket_of,
     split_item_key,
     split_timeline,
+    timeline_hash,
     timestamp_floor,
 )
 from ..messages import (
@@ -42,7 +43,7 @@ from ..messages import (
 )
 from .acceptor import Acceptor
 from .core import Core, Timeline
-from .links import LinkIndex, TableLinks
+from .links import NO_LINKS, LinkIndex, TableLinks
 from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefix_end, rows_prefix, version_of
 
 MAX_LINKS = 64  # blocks that one answer names for one timeline
@@ -78,6 +79,15 @@ class _Answer:
         self.versions.append(version)
         self.written.append(written)
         self.size += len(key) + len(value) + 32
+
+    def add_nothing(self, want: int) -> None:
+        """Answer that this replica can't tell: neither a vote nor data."""
+        self.chosen.append(-1)
+        self.payloads.append(POINT if want == POINT else RANGE)
+        self.counts.append(0)
+        self.wiped.append(0)
+        self.horizons.append(MIN_TIMESTAMP)
+        self.floors.append(b"")
 
     def message(self) -> Checked:
         return Checked(
@@ -140,7 +150,7 @@ class Reads:
 
     # ---- data
 
-    def check(self, message: Check) -> tuple[Checked, int]:
+    def check(self, message: Check, now: float) -> tuple[Checked, int]:
         """Answer, and the engine batch that must be durable before it leaves."""
         answer = _Answer()
         have = unpack_i64(message.have)
@@ -151,10 +161,13 @@ class Reads:
             proof = proofs.get(index)
             if proof is not None and proof.entry == timeline.chosen + 1 and proof.ballot == timeline.accepted:
                 self.acceptor.choose(timeline)
+            answer.after = max(answer.after, timeline.dirty)
+            if self._is_behind_its_links(timeline, now):
+                answer.add_nothing(message.wants[index])
+                continue
             answer.chosen.append(timeline.chosen)
             if timeline.accepted != NO_BALLOT:
                 answer.opens.append(Open(index, timeline.accepted))
-            answer.after = max(answer.after, timeline.dirty)
             answer.wiped.append(timeline.wiped)
             before = len(answer.keys)
             self._answer_one(
@@ -163,6 +176,24 @@ class Reads:
             answer.counts.append(len(answer.keys) - before)
         self.core.counters.add("checks", len(have))
         return answer.message(), answer.after
+
+    def _is_behind_its_links(self, timeline: Timeline, now: float) -> bool:
+        """Whether a block holds newer rows of the timeline than this replica has applied; then it fetches.
+
+        What it could answer would be torn: old hot rows beside a block from which deleted items are gone already.
+        """
+        bucket, table, owner = split_timeline(timeline.key)
+        links = self.links.of_bucket(bucket)
+        if timeline.linked_at != links.version:
+            owner_hash = timeline_hash(table, owner)
+            known = links.tables.get(table, NO_LINKS).links
+            rules = [rule.version for link in known for rule in link.rules_of(owner_hash)]
+            timeline.linked, timeline.linked_at = max(rules, default=0), links.version
+        if timeline.linked <= timeline.chosen:
+            return False
+        for peer in self.core.peers:
+            self.acceptor.fetch(timeline, peer, now)
+        return True
 
     def _answer_one(
         self, answer: _Answer, index: int, timeline: Timeline, have: int, want: int, bound: bytes, limit: int

@@ -34,6 +34,7 @@ from ..messages import (
     Accept,
     Accepted,
     AskChosen,
+    AskTables,
     AskVersions,
     Check,
     Chosen,
@@ -206,19 +207,21 @@ class Replica:
         for index, (key, entry) in enumerate(zip(message.timelines, entries, strict=True)):
             self.proposer.settle(self.core.timeline(key), SettleWaiter(entry, deadline, job, index), now)
 
-    def ask(self, now: float, token: int, message: Check | AskVersions | AskChosen | Scan) -> None:
+    def ask(self, now: float, token: int, message: Check | AskVersions | AskChosen | AskTables | Scan) -> None:
         """Answer a question about what this replica has; the answer leaves by `token`, after what it depends on."""
         self.require_voting()
         self._now = now
         answer: Message
         if isinstance(message, Check):
             self._require_owned(message.timelines)
-            answer, after = self.reads.check(message)
+            answer, after = self.reads.check(message, now)
         elif isinstance(message, AskVersions):
             self._require_owned(message.timelines)
             answer, after = self.reads.versions(message)
         elif isinstance(message, AskChosen):
             answer, after = self.reads.chosen_list(message, self.owned), 0
+        elif isinstance(message, AskTables):
+            answer, after = self.scans.tables(message, self.owned), 0
         else:
             answer, after = self.scans.scan(message, self.owned)
         self.core.reply(token, answer, after)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..cold.link import encode_link
 from ..keys import bucket_prefix, system_timeline, timestamp_floor
-from ..messages import Scan, Scanned, pack_i64, pack_u32
+from ..messages import AskTables, Scan, Scanned, Tables, pack_i64, pack_u32
 from .core import Core, Timeline
 from .links import LinkIndex, TableLinks
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
@@ -74,6 +74,21 @@ class Scans:
             if answer.timelines or self._has_links(bucket, message.table):
                 return self._done(answer, bucket, message, (following, b""))
         return self._done(answer, last, message, (-1, b""))
+
+    def tables(self, message: AskTables, owned: Sequence[int]) -> Tables:
+        """Names of the tables that have rows or links in the next buckets; one seek for each table of a bucket."""
+        names: set[bytes] = set()
+        for seeks, bucket in enumerate(bucket for bucket in owned if bucket >= message.bucket):
+            if seeks >= BUCKETS_PER_ANSWER * 16:
+                return Tables(sorted(names), bucket)
+            names.update(self.links.of_bucket(bucket).tables)
+            prefix = b"R" + bucket_prefix(bucket)
+            at = prefix + b"\x01"  # behind the system timeline, whose table has no name
+            while (row := next(iter(self.core.engine.scan(at, prefix_end(prefix))), None)) is not None:
+                name_end = len(prefix) + 1 + row[0][len(prefix)]
+                names.add(row[0][len(prefix) + 1 : name_end])
+                at = prefix_end(row[0][:name_end])
+        return Tables(sorted(names), -1)
 
     def _has_links(self, bucket: int, table: bytes) -> bool:
         """Whether the sink has to see this bucket for its links alone (expired windows, references to files)."""

@@ -73,7 +73,8 @@ def kill_and_wait(node: str) -> dict[str, Any]:
     """kill -9 the process of an actor, wait until its successor serves; its status."""
     before = states()[node]["pid"]
     os.kill(before, signal.SIGKILL)
-    return until(lambda: _successor(node, before), f"{node} is back")
+    found: dict[str, Any] = until(lambda: _successor(node, before), f"{node} is back")
+    return found
 
 
 def _successor(node: str, before: int) -> dict[str, Any] | None:
@@ -220,7 +221,7 @@ def test_ending_a_cluster_leaves_other_actors_alone(cluster: None, config: Confi
         def ping(self) -> str:
             return "here"
 
-    other = ray.remote(num_cpus=0)(Other).options(name="storage-of-mine", namespace=NAMESPACE).remote()
+    other: Any = ray.remote(num_cpus=0)(Other).options(name="storage-of-mine", namespace=NAMESPACE).remote()
     assert ray.get(other.ping.remote()) == "here"
     stop_cluster(NAMESPACE)
     assert ray.get(other.ping.remote()) == "here"
@@ -253,11 +254,11 @@ def test_the_sink_runs_and_reports_under_its_id(cluster: None, kind: str) -> Non
     assert [item.value for item in items] == [b"v%d" % at for at in reversed(range(200))]
 
 
-def test_a_sink_that_fails_says_why(cluster: None) -> None:
-    run = start_sink(NAMESPACE, SinkOptions(table="no such table"))
+def test_a_sink_that_fails_says_why(ray_session: None, namespace: str) -> None:
+    run = start_sink(namespace, SinkOptions())
     state, reason = until(lambda: (found := run.state())[0] in ENDED and found, "the sink ends")
     assert state == FAILED
-    assert "no such table" in reason
+    assert f"no cluster runs in the Ray namespace '{namespace}'" in reason
 
 
 def test_the_sink_runs_on_schedule(cluster: None, config: Config) -> None:
@@ -280,7 +281,8 @@ def test_a_namespace_without_a_cluster_is_told_with_the_remedy(ray_session: None
 
 def test_figures_are_exported_as_metrics_with_few_tags(cluster: None) -> None:
     in_store(lambda store: store.table("moments").put("metric", 1, b"value"))
-    node = ray.nodes()[0]
+    list_nodes: Any = ray.nodes
+    node = list_nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     def exported() -> list[str]:

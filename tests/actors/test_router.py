@@ -21,6 +21,7 @@ from timetier.cluster.carriers.base import Address
 from timetier.cluster.config import Config, load_config
 from timetier.cluster.errors import InvalidRequest, TimeTierError, Unavailable
 from timetier.cluster.identity import Refused, open_identity
+from timetier.cluster.static_map import StaticMap
 from timetier.cluster.topology import Topology
 
 
@@ -94,6 +95,22 @@ def test_a_damaged_state_is_refused_and_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="damaged"):
             open_state(tmp_path)
         assert path.read_bytes() == bad
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "another"])
+def test_a_cluster_is_refused_without_the_map_that_it_was_created_with(tmp_path: Path, damage: str) -> None:
+    open_state(tmp_path)
+    path = tmp_path / "router" / "static.map"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(StaticMap.load(512).to_bytes())
+    with pytest.raises(Refused, match=r"static\.map"):
+        open_state(tmp_path)
 
 
 def test_a_cluster_does_not_begin_on_data_of_another_one(tmp_path: Path) -> None:

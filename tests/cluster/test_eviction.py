@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from replica_group import BUCKETS, Group, key_of, write_message
 from timetier.cluster.cold.link import FORMAT, Block, Link, encode_link
-from timetier.cluster.keys import bucket_of, item_key, priority, system_timeline, timeline_hash
+from timetier.cluster.keys import bucket_of, item_key, priority, system_timeline, timeline_hash, timeline_key
 from timetier.cluster.messages import (
     DELETE,
     OK,
     PUT,
     RANGE,
+    AskTables,
     Check,
     Checked,
     Scan,
     Scanned,
+    Tables,
     pack_i64,
     pack_u32,
     unpack_i64,
@@ -175,6 +177,44 @@ def test_the_sinks_scan_gives_the_newest_eligible_versions_and_skips_empty_bucke
     assert isinstance(written_early, Scanned)
     assert not written_early.timelines
     assert written_early.next_bucket == -1
+
+
+def test_a_replica_that_knows_to_be_behind_its_links_gives_neither_a_vote_nor_data() -> None:
+    """Its hot rows would stand beside a block from which items deleted since are gone already."""
+    group = Group(6)
+    group.put(FIRST, ALICE, rid(1), [(1, b"", b"a"), (2, b"", b"b")])
+    group.run(0.1)
+    group.cut = {frozenset((THIRD, FIRST)), frozenset((THIRD, SECOND))}
+    group.put(FIRST, ALICE, rid(2), [(2, b"", b"")], kinds=bytes((DELETE,)), seen=1)
+    group.cut.clear()
+    behind = group.replica(THIRD)
+    run_chores = behind.run_chores
+    behind.run_chores = lambda now: False  # type: ignore[method-assign]  # the eviction would fetch what is missing
+    commit(group, FIRST, link_of(2), 3, 0)
+    group.run_until(lambda: behind.core.timeline(SYSTEM).chosen == 1)
+    message = Check([ALICE], pack_i64([-1]), bytes((RANGE,)), [b""], pack_u32([10]))
+    token = group.send(THIRD, message)
+    assert behind.core.timeline(ALICE).chosen == 1
+    group.run_until(lambda: token in group.answers)
+    answer = group.answers[token]
+    assert isinstance(answer, Checked)
+    assert (unpack_i64(answer.chosen), answer.keys, answer.links) == ([-1], [], [])
+    behind.run_chores = run_chores  # type: ignore[method-assign]
+    group.run(1)
+    group.run_until(lambda: idle(group))
+    assert look(group, THIRD) == ({}, ["f"])
+
+
+def test_the_sink_finds_every_table_that_has_rows() -> None:
+    group = Group(7)
+    for number, table in enumerate((b"t", b"moments", b"z" * 64)):
+        for owner in range(20):
+            timeline = timeline_key(table, b"owner%d" % owner, BUCKETS)
+            group.put(0, timeline, rid(100 * number + owner), [(1, b"", b"x")])
+    group.put(0, SYSTEM, rid(999), [(0, b"fence", b"x")])
+    answer = group.call(0, AskTables(0))
+    assert isinstance(answer, Tables)
+    assert (answer.names, answer.next_bucket) == ([b"moments", b"t", b"z" * 64], -1)
 
 
 @pytest.mark.parametrize("seed", range(10))

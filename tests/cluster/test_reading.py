@@ -138,7 +138,7 @@ def test_reads_are_linearizable_whatever_replicas_lag_accept_evict_or_sink_meanw
     world.noisy = True
     for _ in range(30):
         world.noise()
-    answered = 0
+    asked = answered = 0
     for _ in range(15):
         for replica in world.replicas:
             replica.state = UP
@@ -146,6 +146,7 @@ def test_reads_are_linearizable_whatever_replicas_lag_accept_evict_or_sink_meanw
             world.random.choice(world.replicas).state = world.random.choice((DEAD, PAUSED))
         reads = [random_read(bench, world.random.choice(timelines)) for _ in range(world.random.choice((1, 2, 6)))]
         floors = [len(world.log(read.timeline)) for read in reads]
+        asked += len(reads)
         bench.run(*reads)
         for read, floor in zip(reads, floors, strict=True):
             if isinstance(read.answer, Unavailable):
@@ -153,7 +154,7 @@ def test_reads_are_linearizable_whatever_replicas_lag_accept_evict_or_sink_meanw
             assert_true(world, read, floor)
             answered += 1
         assert bench.reader.cache.nbytes <= bench.reader.cache.budget_bytes
-    assert answered > 20, "almost nothing was answered"
+    assert answered >= 0.9 * asked, "one replica away is no reason to give up"
 
 
 def test_in_a_quiet_world_every_read_is_answered_after_random_writes() -> None:

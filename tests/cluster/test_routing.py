@@ -29,8 +29,12 @@ def topology(
     cache_nodes: int = 2,
     tables: dict[str, TablePolicy] | None = None,
     default_table: TablePolicy | None = None,
+    map_checksum: str = "",
+    static_map: bytes = b"",
 ) -> Topology:
     return Topology(
+        map_checksum=map_checksum,
+        static_map=static_map,
         cluster_id="c",
         namespace="n",
         epoch=1,
@@ -143,14 +147,16 @@ def test_a_topology_that_cannot_be_routed_is_refused() -> None:
             Routing(wrong)
 
 
-def test_a_cluster_can_bring_its_own_copy_of_the_map() -> None:
-    copy = StaticMap.from_bytes(StaticMap.load(1_024).to_bytes())
-    own = Routing(topology(buckets=1_024), static_map=copy)
+def test_a_cluster_keeps_the_map_that_it_was_created_with() -> None:
+    kept = StaticMap.load(1_024)
+    own = Routing(topology(buckets=1_024, map_checksum=kept.checksum, static_map=kept.to_bytes()))
     usual = Routing(topology(buckets=1_024))
     keys = timelines(100, 1_024)
     assert own.storage_groups(keys) == usual.storage_groups(keys)
     with pytest.raises(InvalidRequest, match="512 buckets for a cluster of 1024"):
-        Routing(topology(buckets=1_024), static_map=build(512))
+        Routing(topology(buckets=1_024, static_map=build(512).to_bytes()))
+    with pytest.raises(InvalidRequest, match="install the version that the cluster was created with"):
+        Routing(topology(buckets=1_024, map_checksum="0" * 32))
 
 
 # ---------------------------------------------------------------- replicas

@@ -129,7 +129,8 @@ def test_a_failing_disk_ends_the_life_and_the_next_one_serves_again(tmp_path: Pa
             await wait_for(lambda: service.status()["state"] == "failed", "the life to end")
             with pytest.raises(AssertionError, match="OutcomeUnknown"):
                 await answer
-            refused = await cluster.client.call(f"storage-0-{FIRST}", ReadPages(1, [ALICE], [b""], pack_u32([1]), 500), 2.0)
+            question = ReadPages(1, [ALICE], [b""], pack_u32([1]), 500)
+            refused = await cluster.client.call(f"storage-0-{FIRST}", question, 2.0)
             assert isinstance(refused, Failure)
             assert (await cluster.put(SECOND, ALICE, rid(3), [(item_key(3), b"x")], seen=1))[0] == OK
             await wait_for(lambda: service.status()["state"] == "voting", "the next life")

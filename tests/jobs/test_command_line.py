@@ -171,9 +171,7 @@ def test_the_sink_is_run_and_followed_and_everything_stays_readable(shell: Shell
     items = shell.quick("timeline", "--table", "commits", "old")["items"]
     assert [(item["timestamp"], item["value"]) for item in items] == [(3, "v3"), (2, "v2"), (1, "v1")]
     assert shell.json("status")["router"]["runs"][-1]["run"] == done["id"]
-    failed = shell.run("sink", "--table", "bad name")
-    assert failed.returncode == 1
-    assert b"bad name" in failed.stderr
+    assert_one_error_line(shell.run("sink", "--namespace", "nowhere"), 1, "nowhere", "timetier up")
 
 
 def test_starting_it_again_is_a_success(shell: Shell) -> None:

@@ -13,9 +13,10 @@ from timetier.cluster.keys import MAX_TIMESTAMP
 from timetier.jobs.sink import main, run_name, tables_to_sink
 
 
-def test_all_configured_tables_sink_unless_some_are_named() -> None:
+def test_tables_sink_by_their_own_rule_or_by_a_cut_off_that_is_given() -> None:
     shape = topology()
-    (task,) = tables_to_sink(shape, (), None, False, 1_000_000_000)
+    assert tables_to_sink(shape, (), None, False, 1_000_000_000) == []
+    (task,) = tables_to_sink(shape, ("t",), None, False, 1_000_000_000)
     assert (task.table, task.policy, task.cut_offs) == (b"t", POLICY, CutOffs(900, 900_000_000))
     (task,) = tables_to_sink(shape, ("t",), 77, True, 1_000_000_000)
     assert task.cut_offs == CutOffs(77, MAX_TIMESTAMP)
