@@ -30,7 +30,7 @@ import msgspec
 from ..cluster.durable_file import make_folder_durably, write_durably
 from ..cluster.errors import Unavailable
 
-_LONGEST_TEMP_DIR = 40  # bytes: Ray adds some 60 for its sockets, and a socket's path ends at 107
+_LONGEST_TEMP_DIR = 38  # bytes: Ray adds some 60 for its sockets, and a socket's path ends at 107
 _RAY_OWN_PORTS = range(10002, 20000)  # Ray's proxy of `ray://` clients hands these out
 _ATTEMPTS = 3  # a chosen port may be taken by somebody else before Ray binds it
 _END_S = 60.0
@@ -40,7 +40,8 @@ _OBJECT_STORE_BYTES = 512 << 20
 class LocalRay(msgspec.Struct, frozen=True):
     """A head that was started from a data folder.
 
-    `pid`, `started`: its process, and what tells it from a later process with the same pid. `address`: for
+    `pid`, `started`: its process, and what tells it from a later process with the same pid. `temp_dir`: private
+    folder of its sockets and logs, removed when it is ended. `address`: for
     `ray.init`; empty until it is ready. `client_address`: for `ray://`. `dashboard_port`: on this machine.
     """
 
@@ -145,7 +146,7 @@ def _start(data_dir: Path, num_cpus: int | None, deadline: float) -> LocalRay:
     try:
         record = LocalRay(process.pid, _started(process.pid), temp_dir, ports[1], ports[2])
         write_durably(_record_path(data_dir), msgspec.json.encode(record))
-        ready = Path(temp_dir) / "ray_current_cluster"
+        ready = _inner(temp_dir) / "ray_current_cluster"
         while not (ready.exists() and ready.read_text().strip()):
             if process.poll() is not None:
                 raise _EndedEarly(f"the local Ray ended with status {process.returncode}; {_end_of(log_path)}")
@@ -167,7 +168,7 @@ def _start(data_dir: Path, num_cpus: int | None, deadline: float) -> LocalRay:
 def _command(temp_dir: str, ports: list[int], num_cpus: int | None) -> list[str]:
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        f"--temp-dir={temp_dir}",
+        f"--temp-dir={_inner(temp_dir)}",
         f"--port={ports[0]}",
         f"--ray-client-server-port={ports[1]}",
         f"--dashboard-port={ports[2]}",
@@ -249,6 +250,11 @@ def _started(pid: int) -> str:
 def _short_temp_dir() -> str:
     usual = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="tt-ray-", dir=usual if len(usual) + 16 <= _LONGEST_TEMP_DIR else "/tmp")
+
+
+def _inner(temp_dir: str) -> Path:
+    """What Ray gets: it opens its own folder to everybody, so that one lies in a folder that is private."""
+    return Path(temp_dir) / "r"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -186,6 +186,7 @@ def test_a_replica_that_knows_to_be_behind_its_links_gives_neither_a_vote_nor_da
     group.run(0.1)
     group.cut = {frozenset((THIRD, FIRST)), frozenset((THIRD, SECOND))}
     group.put(FIRST, ALICE, rid(2), [(2, b"", b"")], kinds=bytes((DELETE,)), seen=1)
+    group.run(0.1)
     group.cut.clear()
     behind = group.replica(THIRD)
     run_chores = behind.run_chores
