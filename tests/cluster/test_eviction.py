@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from replica_group import BUCKETS, Group, key_of, write_message
-from timetier.cluster.cold.link import FORMAT, Block, Link, encode_link
+from timetier.cluster.cold.link import FORMAT, RECORDS_AT, Block, Link, encode_link
 from timetier.cluster.keys import bucket_of, item_key, priority, system_timeline, timeline_hash, timeline_key
 from timetier.cluster.messages import (
     DELETE,
@@ -212,7 +212,7 @@ def test_the_sink_finds_every_table_that_has_rows() -> None:
         for owner in range(20):
             timeline = timeline_key(table, b"owner%d" % owner, BUCKETS)
             group.put(0, timeline, rid(100 * number + owner), [(1, b"", b"x")])
-    group.put(0, SYSTEM, rid(999), [(0, b"fence", b"x")])
+    group.put(0, SYSTEM, rid(999), [(RECORDS_AT, b"fence", b"x")])
     answer = group.call(0, AskTables(0))
     assert isinstance(answer, Tables)
     assert (answer.names, answer.next_bucket) == ([b"moments", b"t", b"z" * 64], -1)
