@@ -19,12 +19,22 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 3.0
 
 _topologies = msgspec.msgpack.Decoder(Topology)
+_topology_files = msgspec.json.Decoder(Topology)
 
 
 def decode_topology(data: bytes) -> Topology:
     """Topology of its bytes. Raises Unavailable when it is none, or of a later format."""
+    return _decode(data, _topologies)
+
+
+def decode_topology_file(data: bytes) -> Topology:
+    """Topology of a file that a node keeps beside its data. Raises as `decode_topology`."""
+    return _decode(data, _topology_files)
+
+
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Topology] | msgspec.json.Decoder[Topology]) -> Topology:
     try:
-        topology = _topologies.decode(data)
+        topology = decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise Unavailable(f"malformed topology: {error}") from None
     if topology.format > FORMAT:

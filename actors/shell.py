@@ -33,7 +33,7 @@ from ..cluster.messages import Message, Ping, Pong, Status, StatusRequest
 from ..cluster.service import Service
 from ..cluster.topology import Topology
 from .metrics import MetricsExport
-from .router_link import Pauses, RouterLink, decode_topology
+from .router_link import Pauses, RouterLink, decode_topology, decode_topology_file
 from .runtime_folder import remove_folder_of, socket_path
 from .tls import client_tls, server_tls
 
@@ -155,6 +155,7 @@ class NodeActor:
             await self._open_folder()
         service = self.make_service()
         await service.start()
+        service.update(self.topology)  # it may have changed meanwhile
         self._service = service
         self._keep_topology()
         if self.identity is not None:
@@ -168,10 +169,13 @@ class NodeActor:
     async def _find_topology(self) -> None:
         """From beside the data, or else from the Router, however long that takes."""
         path = self.folder / _TOPOLOGY_FILE
-        if await asyncio.to_thread(path.exists):
-            self.topology = msgspec.json.decode(await asyncio.to_thread(path.read_bytes), type=Topology)
-            return
-        self.topology = decode_topology(await self._ask("topology", -1, 1.0))
+        try:
+            self.topology = decode_topology_file(await asyncio.to_thread(path.read_bytes))
+        except FileNotFoundError:
+            self.topology = decode_topology(await self._ask("topology", -1, 1.0))
+        except Unavailable as error:
+            logger.warning("%s: %s; the Router is asked instead", path, error.message)
+            self.topology = decode_topology(await self._ask("topology", -1, 1.0))
 
     async def _open_folder(self) -> None:
         may_format = not await asyncio.to_thread(has_identity, self.folder)
