@@ -114,9 +114,10 @@ def stop_local_ray(data_dir: Path) -> bool:
         return False
     was_running = _is_running(record)
     if was_running:
+        below = {pid: _started(pid) for pid in _descendants(record.pid)}
         os.kill(record.pid, signal.SIGTERM)
         deadline = time.monotonic() + _END_S
-        while _is_running(record):
+        while _is_running(record) or any(started and _started(pid) == started for pid, started in below.items()):
             if time.monotonic() > deadline:
                 raise Unavailable(f"the local Ray (process {record.pid}) did not end within {_END_S:.0f} s")
             time.sleep(0.05)
@@ -173,6 +174,9 @@ def _command(temp_dir: str, ports: list[int], num_cpus: int | None) -> list[str]
         f"--ray-client-server-port={ports[1]}",
         f"--dashboard-port={ports[2]}",
         f"--dashboard-agent-listen-port={ports[3]}",
+        # Each process takes a free port: of Ray's fixed range, two Rays on one machine would pick the same ones.
+        "--min-worker-port=0",
+        "--max-worker-port=0",
         "--dashboard-host=127.0.0.1",
         "--include-dashboard=true",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
@@ -245,6 +249,22 @@ def _started(pid: int) -> str:
         return found.stdout.strip()
     fields = stat.rpartition(")")[2].split()  # the name before may hold blanks
     return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs (where there is no /proc: none)."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
 
 
 def _short_temp_dir() -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -61,7 +61,23 @@ def enter(data_dir: Path | None, address: str | None) -> None:
     folder = data_dir or default_data_dir()
     if folder.is_dir():
         os.chdir(folder)
+    keep_stdout_clean()
     connect_ray(address, data_dir=folder)
+
+
+_results: TextIO | None = None  # where results go, once Ray's own prints have been turned away from there
+
+
+def keep_stdout_clean() -> None:
+    """Send to stderr what Ray prints from now on, such as the news of a killed worker: stdout is for results."""
+    global _results
+    if _results is None:
+        _results, sys.stdout = sys.stdout, sys.stderr
+
+
+def results() -> TextIO:
+    """Where a command writes its result."""
+    return _results or sys.stdout
 
 
 @contextlib.contextmanager
@@ -76,7 +92,7 @@ def open_store(data_dir: Path | None, address: str | None, namespace: str | None
 
 def show(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result to stdout: as one JSON object, or as text."""
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else text)
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else text, file=results())
 
 
 def note(text: str) -> None:
@@ -140,8 +156,17 @@ def progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
 def run_command(command: click.Command, arguments: list[str] | None) -> int:
     """Run a command; its exit status. Errors are told in one line on stderr."""
     try:
+        return _run_command(command, arguments)
+    finally:
+        global _results
+        if _results is not None:
+            sys.stdout, _results = _results, None
+
+
+def _run_command(command: click.Command, arguments: list[str] | None) -> int:
+    try:
         result = command.main(args=arguments, prog_name="timetier", standalone_mode=False)
-        sys.stdout.flush()
+        results().flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -153,7 +178,7 @@ def run_command(command: click.Command, arguments: list[str] | None) -> int:
         return 1
     except BrokenPipeError:
         # Who reads the output has gone, as `head` does; what is left in the buffer must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
         return 1
     except Exception as error:
         if os.environ.get("TIMETIER_DEBUG"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +19,7 @@ from .cli_common import (
     one_line,
     open_store,
     progress,
+    results,
     show,
     table_option,
     value_fields,
@@ -93,7 +93,7 @@ def get(
             note("timetier: there is no such item")
         return 1
     if raw:
-        sys.stdout.buffer.write(item.value)
+        results().buffer.write(item.value)
     else:
         show({"found": True, **_item_fields(item)}, bytes_text(item.value), as_json=as_json)
     return 0

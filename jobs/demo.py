@@ -25,6 +25,7 @@ from typing import Any
 from ..actors.local_ray import start_local_ray, stop_local_ray
 from ..cluster.errors import InvalidRequest, Unavailable
 from ..cluster.faces import Store, Table
+from .cli_common import keep_stdout_clean
 from .load import LoadReport, load_file
 from .rejects import Rejects
 from .rows import read_rows
@@ -112,6 +113,7 @@ def _own_cluster(folder: Path, step: Step) -> Iterator[Store]:
     """A Ray and a cluster in it that end with the demonstration, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     home = Path.cwd()
+    keep_stdout_clean()
     try:
         with step("starting Ray") as tell:
             start_local_ray(folder)
