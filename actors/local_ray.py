@@ -29,11 +29,13 @@ import msgspec
 
 from ..cluster.durable_file import make_folder_durably, write_durably
 from ..cluster.errors import Unavailable
+from .processes import family, send, started, wait_for
 
 _LONGEST_TEMP_DIR = 38  # bytes: Ray adds some 60 for its sockets, and a socket's path ends at 107
 _RAY_OWN_PORTS = range(10002, 20000)  # Ray's proxy of `ray://` clients hands these out
 _ATTEMPTS = 3  # a chosen port may be taken by somebody else before Ray binds it
 _END_S = 60.0
+_END_REMAINS_S = 5.0  # for processes without a head, and after SIGKILL
 _OBJECT_STORE_BYTES = 512 << 20
 
 
@@ -105,7 +107,7 @@ def start_local_ray(data_dir: Path, *, num_cpus: int | None = None, timeout_s: f
 
 
 def stop_local_ray(data_dir: Path) -> bool:
-    """End the local Ray of this data folder, and only that one. False if none ran.
+    """End the local Ray of this data folder with all its processes, and only that one. False if its head did not run.
 
     Raises Unavailable when it does not end.
     """
@@ -113,17 +115,29 @@ def stop_local_ray(data_dir: Path) -> bool:
     if record is None:
         return False
     was_running = _is_running(record)
-    if was_running:
-        below = {pid: _started(pid) for pid in _descendants(record.pid)}
-        os.kill(record.pid, signal.SIGTERM)
-        deadline = time.monotonic() + _END_S
-        while _is_running(record) or any(started and _started(pid) == started for pid, started in below.items()):
-            if time.monotonic() > deadline:
-                raise Unavailable(f"the local Ray (process {record.pid}) did not end within {_END_S:.0f} s")
-            time.sleep(0.05)
-    shutil.rmtree(record.temp_dir, ignore_errors=True)  # its own, made by _start; only logs and sockets
+    _end(record)
     _record_path(data_dir).unlink(missing_ok=True)
     return was_running
+
+
+def _end(record: LocalRay) -> None:
+    """End the head and whatever it has started, also when the head itself was killed; remove its folder."""
+    environment = f"TMPDIR={_inner_tmp(record.temp_dir)}"
+    head = {record.pid: record.started}
+    running = {**head, **family(record.pid, record.started, environment)}
+    try:
+        # The head ends its processes itself. Without a head each of them is told.
+        was_running = _is_running(record)
+        send(head if was_running else running, signal.SIGTERM)
+        if not wait_for(running, _END_S if was_running else _END_REMAINS_S):
+            send(running, signal.SIGKILL)
+        left = family(record.pid, record.started, environment)  # what was started meanwhile
+        send(left, signal.SIGKILL)
+        if not wait_for({**running, **left}, _END_REMAINS_S):
+            raise Unavailable(f"the local Ray (process {record.pid}) does not end: end it by hand")
+    except PermissionError:
+        raise Unavailable(f"the local Ray (process {record.pid}) belongs to somebody else") from None
+    shutil.rmtree(record.temp_dir, ignore_errors=True)  # its own, made by _start; only logs and sockets
 
 
 class _EndedEarly(Exception):
@@ -142,10 +156,10 @@ def _start(data_dir: Path, num_cpus: int | None, deadline: float) -> LocalRay:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=data_dir,
-            env=_child_environment(data_dir),
+            env=_child_environment(data_dir, temp_dir),
         )
+    record = LocalRay(process.pid, started(process.pid), temp_dir, ports[1], ports[2])
     try:
-        record = LocalRay(process.pid, _started(process.pid), temp_dir, ports[1], ports[2])
         write_durably(_record_path(data_dir), msgspec.json.encode(record))
         ready = _inner(temp_dir) / "ray_current_cluster"
         while not (ready.exists() and ready.read_text().strip()):
@@ -157,10 +171,7 @@ def _start(data_dir: Path, num_cpus: int | None, deadline: float) -> LocalRay:
         record = msgspec.structs.replace(record, address=ready.read_text().strip())
         write_durably(_record_path(data_dir), msgspec.json.encode(record))
     except BaseException:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_S)
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        _end(record)
         _record_path(data_dir).unlink(missing_ok=True)
         raise
     return record
@@ -192,10 +203,15 @@ def _environment(data_dir: Path) -> dict[str, str]:
     }
 
 
-def _child_environment(data_dir: Path) -> dict[str, str]:
+def _child_environment(data_dir: Path, temp_dir: str) -> dict[str, str]:
     mine = {k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
-    # Ray would wait for the actors to end by themselves for 30 s after SIGTERM; they end when they are told to.
-    return {**mine, **_environment(data_dir), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    return {
+        **mine,
+        **_environment(data_dir),
+        "TMPDIR": str(_inner_tmp(temp_dir)),  # what killed processes leave behind goes when the Ray ends
+        # Ray would wait for the actors to end by themselves for 30 s after SIGTERM; they end when they are told to.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
 
 
 @contextlib.contextmanager
@@ -232,49 +248,24 @@ def _read_record(data_dir: Path) -> LocalRay | None:
 
 
 def _is_running(record: LocalRay) -> bool:
-    with contextlib.suppress(ChildProcessError):  # it is no child of this process
-        os.waitpid(record.pid, os.WNOHANG)
-    return bool(record.started) and _started(record.pid) == record.started
-
-
-def _started(pid: int) -> str:
-    """When a process was started, as a text that no other process of that pid shares; "" when it has ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return ""
-        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-    fields = stat.rpartition(")")[2].split()  # the name before may hold blanks
-    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs (where there is no /proc: none)."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = path.read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
+    return bool(record.started) and started(record.pid) == record.started
 
 
 def _short_temp_dir() -> str:
     usual = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="tt-ray-", dir=usual if len(usual) + 16 <= _LONGEST_TEMP_DIR else "/tmp")
+    made = tempfile.mkdtemp(prefix="tt-ray-", dir=usual if len(usual) + 16 <= _LONGEST_TEMP_DIR else "/tmp")
+    _inner_tmp(made).mkdir()
+    return made
 
 
 def _inner(temp_dir: str) -> Path:
     """What Ray gets: it opens its own folder to everybody, so that one lies in a folder that is private."""
     return Path(temp_dir) / "r"
+
+
+def _inner_tmp(temp_dir: str) -> Path:
+    """The TMPDIR of its processes."""
+    return Path(temp_dir) / "t"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -44,7 +44,7 @@ from .messages import (
     unpack_u32,
 )
 from .page_cache import BlockCache, PageCache
-from .read_lanes import Lane, SharedBlockReads
+from .read_lanes import ReadLane, SharedBlockReads
 from .read_requests import ItemAnswer, PageAnswer, Read
 from .read_steps import Job, ReaderSettings, Step
 from .reading import Reader
@@ -144,8 +144,8 @@ class CacheService:
         self._jobs: deque[Job] = deque()
         self._job_tasks: set[asyncio.Task[None]] = set()
 
-    def _lane(self, *, parallel: int, batch_reads: int, one_per_timeline: bool) -> Lane:
-        return Lane(
+    def _lane(self, *, parallel: int, batch_reads: int, one_per_timeline: bool) -> ReadLane:
+        return ReadLane(
             self._run_batch,
             parallel=parallel,
             batch_reads=batch_reads,

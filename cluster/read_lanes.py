@@ -13,7 +13,7 @@ from .read_requests import Read
 _MAX_LOOKED_AT = 4  # batches' worth of queued reads that are looked at for one batch
 
 
-class Lane:
+class ReadLane:
     """A queue of reads of which `parallel` batches are under way at a time.
 
     A batch that takes longer than `stall_s` (a replica is paused, say) no longer holds up the next one, as long as
