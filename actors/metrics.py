@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from ray.util import metrics
 
 from ..cluster.counters import Counters
 
 _TAGS = ("tier", "node")
+PERIOD_S = 1.0
 
 
 class MetricsExport:
@@ -36,3 +40,11 @@ class MetricsExport:
             if name not in self._gauges:
                 self._gauges[name] = metrics.Gauge(self._prefix + name, description=name, tag_keys=_TAGS)
             self._gauges[name].set(value, tags=self._tags)
+
+
+async def export_metrics(exports: Sequence[MetricsExport]) -> None:
+    """Keep Ray's metrics up to date, until cancelled."""
+    while True:
+        for export in exports:
+            export.update()
+        await asyncio.sleep(PERIOD_S)

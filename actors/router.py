@@ -22,9 +22,11 @@ import msgspec
 from .. import __version__
 from ..cluster.carriers.base import Address
 from ..cluster.config import Config
+from ..cluster.counters import Counters
 from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
 from ..cluster.identity import Refused
 from .jobs_client import ENDED, FAILED, RunningSink, SinkOptions, describe, start_sink
+from .metrics import MetricsExport, export_metrics
 from .router_state import RouterState
 
 NAME = "router"
@@ -32,6 +34,8 @@ MAX_POLL_S = 60.0
 
 _SINK_POLL_S = 1.0
 _MAX_KNOWN_SINKS = 20
+
+_SUNK = {"sunk_items": "rows", "sunk_bytes": "cold_bytes", "sunk_raw_bytes": "raw_bytes"}  # counter: figure of a run
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class Router:
         self._sinks: dict[str, RunningSink] = {}
         self._state: RouterState | None = None
         self._reason = ""
+        self._counters = Counters()
         self._background: set[asyncio.Task[None]] = set()
         try:
             parsed = None if config is None else Config.from_json(config)
@@ -54,6 +59,7 @@ class Router:
             logger.error("the Router refuses to serve: %s", self._reason)
             return
         self._keep(self._schedule_sink(self._state))
+        self._keep(export_metrics([MetricsExport(NAME, NAME, "", self._counters)]))
 
     async def hello(self) -> dict[str, Any]:
         """`version` of the package, and `reason` why the Router refuses ("" = it serves)."""
@@ -102,7 +108,18 @@ class Router:
 
     async def report_run(self, report: dict[str, Any]) -> None:
         """Note the progress of a sink run (`run`, `state` and figures)."""
-        self._open().report_run(report)
+        state = self._open()
+        ended = {run["run"] for run in state.runs if run["state"] in ENDED}
+        state.report_run(report)
+        if report["state"] in ENDED and report["run"] not in ended:
+            self._counters.add("sink_runs_failed" if report["state"] == FAILED else "sink_runs_succeeded")
+            for total, figure in (
+                ("sunk_items", "rows"),
+                ("sunk_bytes", "cold_bytes"),
+                ("sunk_raw_bytes", "raw_bytes"),
+            ):
+                if isinstance(report.get(figure), int):
+                    self._counters.add(total, report[figure])
 
     async def runs(self) -> list[dict[str, Any]]:
         """The last 20 sink runs, oldest first."""
@@ -143,6 +160,7 @@ class Router:
             "registered": len(topology.addresses),
             "folders": state.folders,
             "runs": state.runs,
+            "figures": self._counters.read(),
         }
 
     async def stop(self) -> None:

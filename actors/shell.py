@@ -32,7 +32,7 @@ from ..cluster.identity import FolderLocked, Identity, has_identity, open_identi
 from ..cluster.messages import Message, Ping, Pong, Status, StatusRequest
 from ..cluster.service import Service
 from ..cluster.topology import Topology
-from .metrics import MetricsExport
+from .metrics import MetricsExport, export_metrics
 from .router_link import Pauses, RouterLink, decode_topology, decode_topology_file
 from .runtime_folder import remove_folder_of, socket_path
 from .tls import client_tls, server_tls
@@ -45,7 +45,6 @@ ENDS = SERVES | {REFUSED, STOPPED, "fenced"}
 """States that don't change by waiting."""
 
 _TOPOLOGY_FILE = "topology.json"
-_METRICS_PERIOD_S = 1.0
 _SETTLE_POLL_S = 0.02
 _TOLD_ALREADY = frozenset({"name", "counters"})  # by the shell, as `node` and `figures`
 
@@ -150,7 +149,7 @@ class NodeActor:
         self.carrier.update(self.topology.addresses)
         await self._listen()
         self._keep(self._router.follow(self.topology.epoch, self._take, self._register))
-        self._keep(self._export_metrics())
+        self._keep(export_metrics(self._metrics()))
         if self.keeps_identity:
             await self._open_folder()
         service = self.make_service()
@@ -286,14 +285,10 @@ class NodeActor:
             figures.update({f"carrier_{name}": value for name, value in self.carrier.counters.read().items()})
         return figures
 
-    async def _export_metrics(self) -> None:
+    def _metrics(self) -> list[MetricsExport]:
         assert self._server is not None, "it listens before it exports"
         sources = {"": self.counters, "server_": self._server.counters, "carrier_": self.carrier.counters}
-        exports = [MetricsExport(self.tier, self.spec.name, prefix, counters) for prefix, counters in sources.items()]
-        while True:
-            for export in exports:
-                export.update()
-            await asyncio.sleep(_METRICS_PERIOD_S)
+        return [MetricsExport(self.tier, self.spec.name, prefix, counters) for prefix, counters in sources.items()]
 
     def _keep(self, work: Any) -> None:
         """Run background work; the loop itself keeps only weak references to tasks."""

@@ -391,7 +391,16 @@ class StorageService:
                 except (EngineFailed, AssertionError) as error:
                     self._break(error)
                 self._plan_pump()
+            self._set_gauges()
             await asyncio.sleep(CHORE_SLICE_S if more else 0.1)
+
+    def _set_gauges(self) -> None:
+        replica = self._replica
+        if replica is not None:
+            self.counters.set("queued_requests", replica.proposer.queued)
+            self.counters.set("queued_bytes", replica.proposer.queued_bytes)
+            self.counters.set("timelines_in_memory", replica.core.in_memory())
+            self.counters.set("chores", replica.chores.pending)
 
     async def _catch_up(self) -> None:
         """Compare with each peer after a start, and now and then: a replica that was away fetches what it missed."""

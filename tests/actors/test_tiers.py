@@ -100,9 +100,14 @@ def test_what_sinks_lies_in_three_identical_files_and_reads_the_same(table: Tabl
     model: Model = {}
     fill(table, "same-", model)
     check(table, model)
+    token = table.timeline("same-owner-1", limit=10).next
     report = sink(30)
     assert report["rows"] == len(OWNERS) * 30
     check(table, model)
+    older = table.timeline("same-owner-1", limit=25, before=token).items
+    assert [item.timestamp for item in older] == list(range(39, 14, -1)), "a token goes on across tiers after a sink"
+    figures = cluster_status(NAMESPACE)["router"]["figures"]
+    assert (figures["sunk_items"], figures["sunk_bytes"]) == (report["rows"], report["cold_bytes"])
     files = cold_files(config)
     assert files
     for copies in files.values():
@@ -149,9 +154,7 @@ def test_a_flipped_bit_in_a_block_is_noticed_and_repaired_and_the_right_bytes_co
         damaged.append(path)
     failures = nodes()["cold-0-1"]["figures"].get("crc_failures", 0)
     check(table, model)
-    assert until(
-        lambda: nodes()["cold-0-1"]["figures"].get("crc_failures", 0) > failures, "the damage to be noticed"
-    )
+    assert until(lambda: nodes()["cold-0-1"]["figures"].get("crc_failures", 0) > failures, "the damage to be noticed")
     until(lambda: nodes()["cold-0-1"]["figures"].get("blocks_repaired", 0) > 0, "a block to be repaired")
     check(table, model)
 
