@@ -69,6 +69,8 @@ async def connect_async(
     """
     if carrier not in ("auto", "direct", "ray"):
         raise InvalidRequest(f"carrier={carrier!r}: pass 'auto', 'direct' or 'ray'")
+    if not isinstance(namespace, str) or not namespace:
+        raise InvalidRequest(f"namespace={namespace!r}: pass the name of the cluster's Ray namespace")
     connect_ray(address)
     # What imports Ray comes after connect_ray, which makes Ray's settings.
     from .launch import check_version

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..cluster.errors import Unavailable
+from ..cluster.errors import InvalidRequest, Unavailable
 from .local_ray import find_local_ray, use_local_ray
 
 DATA_DIR_VARIABLE = "TIMETIER_DATA"
+
+_KNOCK_S = 10.0
 
 
 def default_data_dir() -> Path:
@@ -23,8 +26,11 @@ def connect_ray(address: str | None = None, *, data_dir: Path | None = None) -> 
     """Connect this process to Ray, unless it is connected.
 
     `address`: as in `ray.init`; None = `RAY_ADDRESS`, or else the local Ray of `data_dir` (default: see
-    `default_data_dir`). Raises Unavailable when there is none.
+    `default_data_dir`). Raises Unavailable when there is none, InvalidRequest when this process is connected to
+    another Ray than `address`.
     """
+    if not isinstance(address, str | None):
+        raise InvalidRequest(f"address={address!r} is a {type(address).__name__}: pass str, or None")
     if address is None and not os.environ.get("RAY_ADDRESS"):
         if _is_connected():
             return
@@ -38,15 +44,44 @@ def connect_ray(address: str | None = None, *, data_dir: Path | None = None) -> 
         use_local_ray(folder)
         address = found.address
     if _is_connected():
+        _check_same(address)
         return
     import ray
 
+    where = address or os.environ["RAY_ADDRESS"]
+    _knock(where)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        where = address or os.environ["RAY_ADDRESS"]
         reason = str(error).strip().splitlines()
         raise Unavailable(f"can't connect to Ray at {where}: {reason[0] if reason else type(error).__name__}") from None
+
+
+def _knock(address: str) -> None:
+    """Raises Unavailable when nothing listens at `[ray://]HOST:PORT`: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # some other kind of address, which is Ray's business
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(
+            f"can't connect to Ray at {address}: {error}: check --address and RAY_ADDRESS, and whether that Ray runs"
+        ) from None
+
+
+def _check_same(address: str | None) -> None:
+    """Raises InvalidRequest when the connected Ray is surely not the one at `address`, which may be any name of it."""
+    import ray
+
+    if address is None or address == "auto" or "://" in address or is_ray_client():
+        return
+    connected = ray.get_runtime_context().gcs_address
+    if address.rpartition(":")[2] != connected.rpartition(":")[2]:
+        raise InvalidRequest(
+            f"address={address!r}: this process is connected to the Ray at {connected}, and can be in one at a time: "
+            "call ray.shutdown() first, or pass None"
+        )
 
 
 def is_ray_client() -> bool:

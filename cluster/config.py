@@ -31,7 +31,7 @@ from pydantic import (
 from .carriers.base import Address
 from .config_file import ConfigDocument, describe_errors, read_document
 from .errors import ConfigError
-from .keys import MAX_TABLE_BYTES
+from .keys import MAX_TABLE_BYTES, TABLE_NAME
 from .topology import TablePolicy, Topology
 
 LOCAL_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -41,7 +41,6 @@ BUCKETS_PER_GROUP = 50  # fewer would make the shares of two groups differ by mo
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "y": 365 * 86_400}
 _UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdy])")
-_TABLE_NAME = re.compile(rf"(?!_)[A-Za-z0-9_.-]{{1,{MAX_TABLE_BYTES}}}")
 
 
 def parse_duration(value: object) -> float:
@@ -385,7 +384,7 @@ class Config(_Section):
 
 def check_table_name(name: str) -> str:
     """The name, if a table may have it. Raises ValueError."""
-    if not _TABLE_NAME.fullmatch(name):
+    if not TABLE_NAME.fullmatch(name):
         raise ValueError(
             f"{name!r} is no table name: write 1 to {MAX_TABLE_BYTES} of the characters A-Z a-z 0-9 _ . - "
             "that do not begin with _"

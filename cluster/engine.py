@@ -8,8 +8,7 @@ core knows by the number when an answer that depends on a write may leave.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,7 +29,8 @@ from .errors import Corrupt, Unavailable
 
 
 class EngineFailed(Unavailable):
-    """The disk refused a write or a flush: what this process believes to be stored may not be."""
+    """The disk refused a write or a flush, or what it gave back is damaged: what this process believes to be stored
+    may not be."""
 
 
 class Engine(Protocol):
@@ -119,24 +119,44 @@ class RocksEngine:
 
     def get(self, key: bytes) -> bytes | None:
         self.commit()
-        value: bytes | None = self._db.get(key)
-        return value
+        try:
+            return cast(bytes | None, self._db.get(key))
+        except Exception as error:
+            raise _unreadable(error) from None
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         self.commit()
         if not keys:
             return []
-        return cast(list[bytes | None], self._db.get(list(keys)))
+        try:
+            return cast(list[bytes | None], self._db.get(list(keys)))
+        except Exception as error:
+            raise _unreadable(error) from None
 
     def scan(self, low: bytes, high: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         self.commit()
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(high)
-        if not reverse:
-            return _holding(bounds, self._db.items(from_key=low, read_opt=bounds))
+        return self._down(low, high, bounds) if reverse else _up(self._db.iter(bounds), low, bounds)
+
+    def _down(self, low: bytes, high: bytes, bounds: ReadOptions) -> Iterator[tuple[bytes, bytes]]:
+        """Rows from `high` down to `low`."""
         # rocksdict 0.3.29 takes a lower bound for an upper one, so the way down ends here instead of in RocksDB.
-        down = _holding(bounds, self._db.items(backwards=True, read_opt=bounds))
-        return itertools.takewhile(lambda row: row[0] >= low, down)
+        last = high
+        rows: Any = self._db.items(backwards=True, read_opt=bounds)
+        for row in rows:
+            if row[0] < low:
+                return
+            last = row[0]
+            yield row
+        # The database begins here, or this row's neighbour can't be read, on which `items` is silent.
+        check = self._db.iter(bounds)
+        if last == high:
+            check.seek_to_last()
+        else:
+            check.seek(last)
+            check.prev()
+        _raise_if_damaged(check)
 
     def size_bytes(self) -> int:
         """Bytes of live rows on disk and in write buffers, as RocksDB estimates them."""
@@ -155,11 +175,27 @@ class RocksEngine:
         self._db.close()
 
 
-def _holding(bounds: ReadOptions, rows: Iterable[Any]) -> Iterator[tuple[bytes, bytes]]:
-    """Rows of an iterator that is open already.
+def _up(rows: Any, low: bytes, bounds: ReadOptions) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of an iterator that is open already, from `low` on.
 
     RocksDB keeps only a pointer to the upper bound, which belongs to `bounds` and not to the iterator: were it
     collected first, the scan would end anywhere.
     """
-    yield from rows
+    rows.seek(low)
+    while rows.valid():
+        yield rows.key(), rows.value()
+        rows.next()
+    _raise_if_damaged(rows)
     del bounds
+
+
+def _raise_if_damaged(rows: Any) -> None:
+    """An iterator ends in the same way at its bound and at a block that can't be read; only its status tells."""
+    try:
+        rows.status()
+    except Exception as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> EngineFailed:
+    return EngineFailed(f"the engine could not read: {error}")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import datetime
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .keys import (
     MAX_TABLE_BYTES,
     MAX_TIMESTAMP,
     MIN_TIMESTAMP,
+    TABLE_NAME,
     check_id,
     check_timestamp,
     check_value,
@@ -33,6 +34,8 @@ from .keys import (
     timestamp_floor,
 )
 from .messages import DELETE, PUT, WIPE
+
+T = TypeVar("T")
 
 MAX_LIMIT = 10_000
 
@@ -105,6 +108,8 @@ def table_bytes(name: str) -> bytes:
         raise InvalidRequest(f"table={name!r} is no text that UTF-8 can hold") from None
     if len(raw) > MAX_TABLE_BYTES:
         raise TooLarge(f"table has {len(raw)} bytes, the limit is {MAX_TABLE_BYTES} bytes", limit=MAX_TABLE_BYTES)
+    if not TABLE_NAME.fullmatch(name):
+        raise InvalidRequest(f"table={name!r}: write it with A-Z a-z 0-9 _ . - only, not beginning with _")
     return raw
 
 
@@ -200,7 +205,7 @@ def wipe_request(table: bytes, buckets: int, owner: str | bytes, if_version: int
 def put_requests(table: bytes, buckets: int, items: Iterable[PutLike]) -> ManyWrites:
     """Requests that write many items; of two with one key the later wins. Raises InvalidRequest or TooLarge."""
     rows: list[tuple[str | bytes, bytes, bytes]] = []
-    for item in items:
+    for item in _each("items", items):
         _check_count(len(rows) + 1)
         try:
             owner, timestamp, value, item_id = item if type(item) is Put else Put(*item)
@@ -215,7 +220,7 @@ def put_requests(table: bytes, buckets: int, items: Iterable[PutLike]) -> ManyWr
 def delete_requests(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ManyWrites:
     """Requests that delete many items. Raises InvalidRequest or TooLarge."""
     rows: list[tuple[str | bytes, bytes, bytes]] = []
-    for address in addresses:
+    for address in _each("keys", addresses):
         _check_count(len(rows) + 1)
         owner, timestamp, item_id = _unpack(len(rows), address)
         try:
@@ -236,7 +241,7 @@ def item_queries(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -
     """Queries for many items. Raises InvalidRequest or TooLarge."""
     queries: list[ItemQuery] = []
     timelines: dict[str | bytes, bytes] = {}  # many items of one owner are common
-    for address in addresses:
+    for address in _each("keys", addresses):
         if type(address) is tuple and len(address) == 2:
             owner, timestamp = address
             item_id: bytes | str = b""
@@ -264,7 +269,7 @@ def page_queries(table: bytes, buckets: int, owners: Iterable[str | bytes], limi
     if isinstance(owners, (str, bytes)):
         raise InvalidRequest(f"owners={owners!r} is one owner: pass a list of them")
     queries: list[PageQuery] = []
-    for owner in owners:
+    for owner in _each("owners", owners):
         _check_count(len(queries) + 1)
         try:
             queries.append(page_query(table, buckets, owner, b"", limit))
@@ -343,6 +348,13 @@ def _unpack(position: int, address: AddressLike) -> ItemAddress:
         raise _at(
             position, InvalidRequest(f"{_shown(address)}: pass (owner, timestamp) or (owner, timestamp, id)")
         ) from None
+
+
+def _each(name: str, values: Iterable[T]) -> Iterator[T]:
+    try:
+        return iter(values)
+    except TypeError:
+        raise InvalidRequest(f"{name}={_shown(values)}: pass a list, or something else to iterate over") from None
 
 
 def _check_count(count: int) -> None:

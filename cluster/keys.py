@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+import re
 import struct
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ MAX_OWNER_BYTES = 255
 MAX_ID_BYTES = 255
 MAX_TABLE_BYTES = 64
 MAX_VALUE_BYTES = 1 << 20
+TABLE_NAME = re.compile(rf"(?!_)[A-Za-z0-9_.-]{{1,{MAX_TABLE_BYTES}}}")
 MAX_BATCH_ITEMS = 10_000
 MAX_BATCH_BYTES = 16 << 20
 

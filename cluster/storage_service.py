@@ -21,7 +21,7 @@ from .carriers.base import CallError, Carrier
 from .config import StorageConfig
 from .counters import Counters
 from .engine import EngineFailed, RocksEngine
-from .errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
+from .errors import Corrupt, OutcomeUnknown, ProtocolError, TimeTierError, Unavailable
 from .identity import Identity
 from .messages import (
     AskChosen,
@@ -244,7 +244,8 @@ class StorageService:
 
     def _break(self, error: Exception) -> None:
         """The disk or the core failed: nothing in memory can be trusted. End this life, begin the next one."""
-        logger.error("%s ends this life: %s", self.name, error)
+        expected = isinstance(error, EngineFailed)
+        logger.error("%s ends this life: %s", self.name, error, exc_info=None if expected else error)
         self.counters.add("lives_ended_by_errors")
         self._replica, self._failed = None, str(error)
         self._fail_waiting(f"{self.name}: {error}")
@@ -286,20 +287,27 @@ class StorageService:
         if isinstance(message, Write):
             self._writes.add(token)
         try:
-            self._guard(lambda replica: step(replica, token))
+            self._guard(lambda replica: step(replica, token), question=not isinstance(message, Write | Settle))
             return await future
         finally:
             self._waiting.pop(token, None)
             self._writes.discard(token)
 
-    def _guard(self, step: Callable[[Replica], None]) -> None:
-        """Let the replica take something. Errors of the request go to its sender; all others end this life."""
+    def _guard(self, step: Callable[[Replica], None], *, question: bool = False) -> None:
+        """Let the replica take something. Errors of the request go to its sender; all others end this life: whatever
+        broke off in the middle may have left memory ahead of the engine. A question changes nothing, so any error
+        but a broken engine or invariant goes to who asked it.
+        """
         replica = self._replica
         if replica is None:
             return
         try:
             step(replica)
-        except (EngineFailed, AssertionError) as error:
+        except Exception as error:
+            of_request = isinstance(error, TimeTierError) or (question and not isinstance(error, AssertionError))
+            if of_request and not isinstance(error, EngineFailed):
+                self._plan_pump()  # what was taken before the error has its answers
+                raise
             self._break(error)
             raise OutcomeUnknown(f"{self.name} failed: {error}") from error
         self._plan_pump()
@@ -320,7 +328,7 @@ class StorageService:
             replica.tick(now)
             self._send(replica, now)
             engine.commit()
-        except (EngineFailed, AssertionError) as error:
+        except Exception as error:
             self._break(error)
             return
         if not self._flushing and replica.waits_for_disk:
@@ -349,7 +357,7 @@ class StorageService:
                 if self._replica is replica:
                     replica.durable(self._now(), batch)
                     self._send(replica, self._now())
-        except (EngineFailed, AssertionError) as error:
+        except Exception as error:
             if self._replica is replica:
                 self._break(error)
         finally:
@@ -388,19 +396,10 @@ class StorageService:
                 try:
                     while self._now() < ends and (more := self._replica.run_chores(self._now())):
                         pass
-                except (EngineFailed, AssertionError) as error:
+                except Exception as error:
                     self._break(error)
                 self._plan_pump()
-            self._set_gauges()
             await asyncio.sleep(CHORE_SLICE_S if more else 0.1)
-
-    def _set_gauges(self) -> None:
-        replica = self._replica
-        if replica is not None:
-            self.counters.set("queued_requests", replica.proposer.queued)
-            self.counters.set("queued_bytes", replica.proposer.queued_bytes)
-            self.counters.set("timelines_in_memory", replica.core.in_memory())
-            self.counters.set("chores", replica.chores.pending)
 
     async def _catch_up(self) -> None:
         """Compare with each peer after a start, and now and then: a replica that was away fetches what it missed."""
@@ -410,17 +409,22 @@ class StorageService:
             replica = self._replica
             if replica is None or replica.state != VOTING:
                 continue
-            compared = 0
+            compared = behind = 0
             for peer in replica.core.peers:
                 try:
-                    await self._compare(replica, peer)
+                    behind += await self._compare(replica, peer)
                     compared += 1
                 except (CallError, TimeTierError) as error:
                     self._caught_up["reason"] = f"replica {peer}: {error}"
-            self._caught_up["rounds"] += compared == len(replica.core.peers)
-            pause_s = self._config.catch_up_interval_s if compared == len(replica.core.peers) else 2.0
+            complete = compared == len(replica.core.peers)
+            self._caught_up["rounds"] += complete
+            self._caught_up["behind"] = behind
+            # Questions and answers get lost, and transfers are put off: what was behind is looked at again soon.
+            interval_s = self._config.catch_up_interval_s
+            pause_s = interval_s if complete and not behind else min(interval_s, 2.0)
 
-    async def _compare(self, replica: Replica, peer: int) -> None:
+    async def _compare(self, replica: Replica, peer: int) -> int:
+        """Go through what a peer has. How many timelines it has more of."""
         node = self._routing.topology.storage_node(self.group, peer)
         bucket, cursor = 0, b""
         behind = 0
@@ -429,19 +433,29 @@ class StorageService:
             if not isinstance(answer, ChosenList):
                 raise Unavailable(f"{node} answered with a {type(answer).__name__}: {getattr(answer, 'message', '')}")
             chosen = unpack_i64(answer.chosen)
+            if len(chosen) != len(answer.timelines):
+                raise ProtocolError(f"{node} answered {len(chosen)} versions of {len(answer.timelines)} timelines")
             for start in range(0, len(chosen), FETCHES_AT_ONCE):
                 names = answer.timelines[start : start + FETCHES_AT_ONCE]
-                now = self._now()
-                fetched = sum(
-                    replica.note_behind(now, peer, name, entries)
-                    for name, entries in zip(names, chosen[start : start + FETCHES_AT_ONCE], strict=True)
-                )
+                fetched = self._note_behind(replica, peer, names, chosen[start : start + FETCHES_AT_ONCE])
                 behind += fetched
-                if fetched:
-                    self._plan_pump()
                 await asyncio.sleep(0.02 if fetched else 0)
             bucket, cursor = answer.next_bucket, answer.next_cursor
-        self._caught_up["behind"] = behind
+        return behind
+
+    def _note_behind(self, replica: Replica, peer: int, names: list[bytes], chosen: list[int]) -> int:
+        """Fetch what a peer has and this replica lacks. How many timelines are behind."""
+        fetched = 0
+
+        def compare(replica: Replica) -> None:
+            nonlocal fetched
+            now = self._now()
+            for name, entries in zip(names, chosen, strict=True):
+                fetched += replica.note_behind(now, peer, name, entries)
+
+        if self._replica is replica:
+            self._guard(compare)
+        return fetched
 
 
 def settings_of(config: StorageConfig) -> Settings:

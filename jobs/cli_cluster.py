@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..actors.local_ray import find_local_ray, start_local_ray, stop_local_ray
 from ..actors.ray_session import default_data_dir
 from ..cluster.config import load_config
 from ..cluster.durable_file import make_folder_durably
+from ..cluster.errors import ConfigError
 from .cli_common import (
     NAMESPACE,
     cluster_options,
@@ -22,6 +24,8 @@ from .cli_common import (
     table_of,
 )
 
+_ROOM_BYTES = 1 << 20  # a folder without that much room can't hold a cluster
+
 
 @click.command()
 @click.option(
@@ -30,7 +34,14 @@ from .cli_common import (
     type=click.Path(exists=True, dir_okay=False, resolve_path=True, path_type=Path),
     help="Configuration (YAML).  [default: what the data folder was created with, or the embedded default]",
 )
-@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait for all nodes.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=1.0),
+    default=120.0,
+    show_default=True,
+    help="Seconds to wait for all nodes.",
+)
 @cluster_options
 def up(
     config_file: Path | None,
@@ -47,22 +58,38 @@ def up(
     config = None if config_file is None else load_config(config_file, data_dir=data_dir)
     folder = data_dir or (Path(config.data_dir) if config is not None else default_data_dir())
     if address is None:
-        make_folder_durably(folder)
+        _make_data_folder(folder)
         note(f"starting Ray in {folder}" if find_local_ray(folder) is None else f"using the Ray of {folder}")
         start_local_ray(folder)
-    enter(folder, address)
-    from ..actors.launch import start_cluster
+    try:
+        enter(folder, address)
+        from ..actors.launch import start_cluster
 
-    with progress("starting nodes") as tell:
-        found = start_cluster(
-            config,
-            namespace=namespace,
-            data_dir=folder,
-            timeout_s=timeout_s,
-            progress=lambda done, total, what: tell(done, total),
-        )
+        with progress("starting nodes") as tell:
+            found = start_cluster(
+                config,
+                namespace=namespace,
+                data_dir=folder,
+                timeout_s=timeout_s,
+                progress=lambda done, total, what: tell(done, total),
+            )
+    except BaseException:
+        note("what runs goes on running: `timetier up` again starts the rest, `timetier down` ends it")
+        raise
     show({**found, "data_dir": str(folder)}, _describe(found), as_json=as_json)
     return 0 if found["state"] == "serving" else 1
+
+
+def _make_data_folder(folder: Path) -> None:
+    """Raises ConfigError when nothing can be written there."""
+    try:
+        make_folder_durably(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ROOM_BYTES))
+    except OSError as error:
+        raise ConfigError(
+            f"the data folder {folder} can't be written ({error.strerror}): mend that, or name another by --data-dir"
+        ) from None
 
 
 @click.command()

@@ -28,6 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 NAMESPACE = "timetier"
 _LINE_EVERY_S = 5.0
+_LONGEST_ERROR_CHARS = 1_500
 
 data_dir_option = click.option(
     "--data-dir",
@@ -118,6 +119,10 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_ERROR_CHARS else text[: _LONGEST_ERROR_CHARS - 3] + "..."
+
+
 def table_of(headings: list[str], rows: list[list[str]]) -> str:
     """A plain table in columns."""
     lines = [headings, *rows]
@@ -163,8 +168,20 @@ def run_command(command: click.Command, arguments: list[str] | None) -> int:
             sys.stdout, _results = _results, None
 
 
+def _check_text(arguments: list[str]) -> None:
+    """Raises UsageError for bytes that are no UTF-8: Ray takes no command line that holds some."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(
+                f"the argument {argument!a} is no UTF-8: give a value by --file, owners and ids by the library"
+            ) from None
+
+
 def _run_command(command: click.Command, arguments: list[str] | None) -> int:
     try:
+        _check_text(sys.argv[1:] if arguments is None else arguments)
         result = command.main(args=arguments, prog_name="timetier", standalone_mode=False)
         results().flush()
     except click.ClickException as error:
@@ -174,7 +191,7 @@ def _run_command(command: click.Command, arguments: list[str] | None) -> int:
         note("timetier: interrupted")
         return 130
     except TimeTierError as error:
-        note(f"timetier: {type(error).__name__}: {one_line(error.message)}")
+        note(f"timetier: {type(error).__name__}: {_short(one_line(error.message))}")
         return 1
     except BrokenPipeError:
         # Who reads the output has gone, as `head` does; what is left in the buffer must not raise again at exit.
@@ -184,6 +201,9 @@ def _run_command(command: click.Command, arguments: list[str] | None) -> int:
         if os.environ.get("TIMETIER_DEBUG"):
             raise
         told = one_line(str(error).strip()) or "no further text"
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            told = one_line(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        told = _short(told)
         note(f"timetier: {type(error).__name__}: {told} (TIMETIER_DEBUG=1 shows where)")
         return 1
     return result if isinstance(result, int) else 0

@@ -190,10 +190,11 @@ def load(
     address: str | None,
     namespace: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Load a Parquet, Arrow, CSV or JSON lines file. Other columns become the value, as JSON.
 
-    Rows that can't be loaded are counted and told; loading a file again changes nothing.
+    Rows that can't be loaded are counted and told; loading a file again changes nothing. The exit status is 1 if
+    every row was rejected.
     """
     from .load import load_file
     from .rows import Columns
@@ -205,6 +206,10 @@ def load(
     lines = [f"{name}: {value:,}" for name, value in fields.items() if isinstance(value, int)]
     lines += [f"rejected: {count:,} {reason}" for reason, count in report.reasons.items()]
     show(fields, "\n".join(lines), as_json=as_json)
+    if 0 < report.rows == report.rejected:
+        note("timetier: no row of the file could be loaded: look at the reasons, and at --owner, --time and --format")
+        return 1
+    return 0
 
 
 def _item_fields(item: Item) -> dict[str, Any]:

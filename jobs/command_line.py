@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -30,7 +32,15 @@ for command in (up, down, status, load, get, put, timeline, delete, sink, map_co
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run one command and exit with its status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)  # or else what a command has started would stay
     sys.exit(run_command(commands, arguments))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End with everything tidied up, as Ctrl-C does."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

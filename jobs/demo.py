@@ -16,6 +16,7 @@ import shutil
 import signal
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from typing import Any
 from ..actors.local_ray import start_local_ray, stop_local_ray
 from ..cluster.errors import InvalidRequest, Unavailable
 from ..cluster.faces import Store, Table
-from .cli_common import keep_stdout_clean
+from .cli_common import keep_stdout_clean, note
 from .load import LoadReport, load_file
 from .rejects import Rejects
 from .rows import read_rows
@@ -136,8 +137,23 @@ def _own_cluster(folder: Path, step: Step) -> Iterator[Store]:
 def _end_ray(folder: Path) -> None:
     import ray
 
-    ray.shutdown()
-    stop_local_ray(folder)
+    with _undisturbed():
+        ray.shutdown()
+        stop_local_ray(folder)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not end what runs in here halfway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals don't come here
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _demonstrate(store: Store, step: Step, report: DemoReport, rng: random.Random) -> None:
@@ -274,6 +290,7 @@ def _kill_and_go_on(
     """Kill a storage and a cold actor with SIGKILL; read old and new items and write meanwhile."""
     pids = {node["node"]: node["pid"] for node in _nodes()}
     report.killed = [rng.choice([name for name in pids if name.startswith(tier)]) for tier in ("storage-", "cold-")]
+    note(f"killing {' and '.join(report.killed)}: Ray tells of that, and starts them again")
     for name in report.killed:
         os.kill(pids[name], signal.SIGKILL)
     killed_at = time.perf_counter()

@@ -89,6 +89,7 @@ class Group:
         self.double = 0.0
         self.delay_s = 0.001
         self.cut: set[frozenset[int]] = set()
+        self.paused: dict[int, list[tuple[int, bytes]]] = {}  # who processes nothing for a while, and what waits there
         self.events: list[Event] = []
         self.number = 0
         self.answers: dict[int, Message] = {}
@@ -121,11 +122,22 @@ class Group:
     def crash(self, number: int) -> None:
         member = self.members[number]
         member.replica = None
+        self.paused.pop(number, None)
         member.engine.crash(keep=self.random.randint(0, member.engine.unsynced))
 
+    def pause(self, number: int) -> None:
+        """The process stands still: neither messages nor time nor its disk reach it."""
+        self.paused.setdefault(number, [])
+
+    def resume(self, number: int) -> None:
+        """All that came meanwhile comes at once."""
+        for source, frame in self.paused.pop(number, []):
+            self._on_peer(source, number, frame)
+
     def votes(self, number: int) -> bool:
+        """Whether a replica takes requests."""
         replica = self.members[number].replica
-        return replica is not None and replica.state == VOTING
+        return replica is not None and replica.state == VOTING and number not in self.paused
 
     def replica(self, number: int) -> Replica:
         found = self.members[number].replica
@@ -160,7 +172,7 @@ class Group:
             self.now += 0.001
         for number, member in enumerate(self.members):
             replica = member.replica
-            if replica is None:
+            if replica is None or number in self.paused:
                 continue
             if member.sync_at is not None and member.sync_at <= self.now:
                 member.sync_at = None
@@ -202,7 +214,9 @@ class Group:
         replica = self.members[target].replica
         message = decode(frame)
         assert isinstance(message, PeerBatch)
-        if replica is not None:
+        if replica is not None and target in self.paused:
+            self.paused[target].append((source, frame))
+        elif replica is not None:
             replica.peer(self.now, source, message)
             self.pump(target)
 
@@ -216,7 +230,7 @@ class Group:
         self.tokens += 1
         token = self.tokens
         replica = self.members[number].replica
-        if replica is None or replica.state != VOTING:
+        if replica is None or not self.votes(number):
             return -1
         if isinstance(message, Write):
             replica.write(self.now, token, message)

@@ -71,7 +71,7 @@ class Acceptor:
 
     def on_chosen(self, timeline: Timeline, sender: int, message: Chosen, now: float) -> None:
         """Apply the open entry if it was accepted at that very ballot, else fetch what was chosen."""
-        if message.entry == timeline.chosen + 1 and timeline.accepted == message.ballot:
+        if message.entry == timeline.chosen + 1 and timeline.accepted == message.ballot != NO_BALLOT:
             self.choose(timeline)
         elif message.entry > timeline.chosen:
             self.fetch(timeline, sender, now)
@@ -152,6 +152,10 @@ class Acceptor:
         if WIPE in record.kinds:
             timeline.wiped = timeline.chosen - 1
         self.core.unmarked[timeline.key] = timeline
+        if timeline.ballot == NO_BALLOT:
+            # Fetched without its ballot, the record may stand where our vote for it stood. By itself it proves
+            # nothing after a restart, so the word that it is chosen goes to disk in the same write.
+            self.core.mark(timeline)
         self.core.remember_ids(timeline, timeline.chosen, record.request_ids)
         self.core.counters.add("entries_chosen")
         if WIPE in record.kinds or is_system(timeline.key):

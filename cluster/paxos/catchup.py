@@ -43,13 +43,17 @@ class CatchUp:
 
     def _send_state(self, timeline: Timeline, sender: int, message: Fetch) -> None:
         key = timeline.key
-        version = message.state_version if message.cursor else timeline.chosen
+        # A cursor goes on where this very state was cut, as long as its rows are all there: none trimmed or wiped
+        # since for the sake of later versions, and its version not forgotten to be chosen in a restart.
+        whole = max(timeline.floor, timeline.wiped + 1) <= message.state_version <= timeline.chosen
+        goes_on = bool(message.cursor) and whole
+        version, cursor = (message.state_version, message.cursor) if goes_on else (timeline.chosen, b"")
         prefix = rows_prefix(key)
         names: list[bytes] = []
         rows: list[bytes] = []
         size = 0
         following = b""
-        for name, row in self.core.engine.scan(prefix + message.cursor, prefix_end(prefix)):
+        for name, row in self.core.engine.scan(prefix + cursor, prefix_end(prefix)):
             if size >= self.core.settings.transfer_bytes:
                 following = name[len(prefix) :]
                 break
@@ -68,10 +72,10 @@ class CatchUp:
                 version,
                 timeline.ballot if exact else NO_BALLOT,
                 timeline.origin if exact else self._origin_at(timeline, version),
-                min(timeline.wiped, version),
+                timeline.wiped,
                 needs,
                 ids,
-                message.cursor,
+                cursor,
                 following,
                 names,
                 rows,
@@ -114,8 +118,12 @@ class CatchUp:
         if not message.cursor:
             self._forget(timeline)
             incoming = timeline.incoming = Incoming(message.version)
-        elif incoming is None or incoming.version != message.version or incoming.complete:
-            return  # a piece of a transfer that was given up
+        elif (
+            incoming is None
+            or incoming.complete
+            or (incoming.version, incoming.expected) != (message.version, message.cursor)
+        ):
+            return  # a piece of a transfer that was given up, or one that comes twice
         size = sum(map(len, message.row_keys)) + sum(map(len, message.rows)) + 100 * len(message.rows)
         if self._incoming_bytes + size > self.core.settings.incoming_bytes:
             self.core.counters.add("transfers_postponed")
@@ -126,6 +134,7 @@ class CatchUp:
         self._incoming_bytes += size
         incoming.needs_system = max(incoming.needs_system, message.needs_system)
         if message.next:
+            incoming.expected = message.next
             timeline.asked_until = now + self.core.settings.fetch_timeout_s
             self.core.send(sender, Fetch(timeline.key, timeline.chosen + 1, message.next, message.version))
             return
@@ -145,10 +154,13 @@ class CatchUp:
             return
         self._install(timeline, incoming)
         self._forget(timeline)
+        if timeline.ballot == NO_BALLOT:
+            self.acceptor.fetch(timeline, sender, now)  # the sender has gone on while it sent the pieces
         self._release(timeline, now)
 
     def _install(self, timeline: Timeline, incoming: Incoming) -> None:
         """Replace everything that is known of the timeline, in one write."""
+        assert incoming.version > timeline.chosen, "a state never takes a timeline back"
         engine, key = self.core.engine, timeline.key
         prefix = rows_prefix(key)
         old = [name for name, _ in engine.scan(prefix, prefix_end(prefix))]
@@ -188,6 +200,10 @@ class CatchUp:
             incoming = timeline.incoming
             if incoming is None or not incoming.complete:
                 self._waiting[bucket_of(key)].discard(key)
+            elif incoming.version <= timeline.chosen:
+                # Meanwhile it has caught up by the log: what it promised and accepted since then must stay.
+                self._waiting[bucket_of(key)].discard(key)
+                self._forget(timeline)
             elif system.chosen >= incoming.needs_system:
                 self._waiting[bucket_of(key)].discard(key)
                 self._install(timeline, incoming)

@@ -12,10 +12,12 @@ value that is gone.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from ..cold.link import Link, evict_up_to
+from ..errors import ProtocolError
 from ..keys import bucket_of, bucket_prefix, is_system, split_item_key, split_timeline, timeline_hash, timestamp_floor
 from ..messages import NO_BALLOT
 from .acceptor import Acceptor
@@ -32,6 +34,8 @@ from .rows import (
     rows_prefix,
     version_of,
 )
+
+logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 
@@ -72,7 +76,12 @@ class Chores:
                 return False
             self._current = self._ready.popleft()
             self._running = self._chore(self._current, now)
-        done = next(self._running, None)
+        try:
+            done = next(self._running, None)
+        except ProtocolError as error:
+            # A link of a later format: it waits until this program can read it, and holds up no other chore.
+            logger.warning("chore %r is put off: %s", self._current, error)
+            done = False
         if done is None:
             self._running = None
             self._retried.discard(self._current)
@@ -202,11 +211,14 @@ class Chores:
         self.core.counters.add("entries_trimmed", len(doomed))
 
     def _superseded(self, timeline: Timeline, item: bytes, first_kept: int) -> list[bytes]:
-        """Rows of one item that a newer chosen version hides and that no kept log entry refers to."""
+        """Rows of one item that another row hides at every version from `first_kept` - 1 on.
+
+        So the rows are whole as of each version from the floor on, which a state transfer in several pieces relies on.
+        """
         prefix = rows_prefix(timeline.key) + item
         versions = [
             name
-            for name, _ in self.core.engine.scan(prefix, prefix + b"\xff" * VERSION_BYTES)
-            if len(name) == len(prefix) + VERSION_BYTES and version_of(name) <= timeline.chosen
+            for name, _ in self.core.engine.scan(prefix, prefix + first_kept.to_bytes(VERSION_BYTES, "big"))
+            if len(name) == len(prefix) + VERSION_BYTES
         ]
-        return [name for name in versions[:-1] if version_of(name) < first_kept]
+        return versions[:-1]

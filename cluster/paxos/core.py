@@ -9,6 +9,8 @@ fsync that it depends on.
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from dataclasses import dataclass, field
 
 from ..counters import Counters
 from ..engine import Engine
+from ..errors import InvalidRequest
+from ..keys import is_placed_right
 from ..messages import NO_BALLOT, NO_LIFE, WIPE, Accept, Ballot, Life, Message, PeerMessage, Prepare, Value
 from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
 
-MAX_ENTRY = (1 << 63) - 1
+MAX_ENTRY = (1 << 62) - 1  # of entries, rounds and boots: below what the disk's formats hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,12 @@ PREPARE, ACCEPT, BACKOFF, CATCH_UP = "prepare", "accept", "backoff", "catch-up"
 
 @dataclass(slots=True)
 class Waiter:
-    """One write request that waits for its entry. `sent`: an Accept with it may have left this replica."""
+    """One write request that waits for its entry.
+
+    `sent`: an Accept with it may have left this replica, and may still be completed by somebody. `asked_peers`: they
+    were asked for entries that its sender has seen and this replica has not. `prepared`: ballot of the last Prepare
+    that was sent while it waited. `confirmed`: a majority has told, since it came, that it has no entry after ours.
+    """
 
     request_id: bytes
     seen: int
@@ -71,6 +80,8 @@ class Waiter:
     jobs: list[tuple[Job, int]]
     sent: bool = False
     asked_peers: bool = False
+    prepared: Ballot = NO_BALLOT
+    confirmed: bool = False
 
 
 @dataclass(slots=True)
@@ -87,10 +98,14 @@ class Job:
 
 @dataclass(slots=True)
 class SettleWaiter:
+    """A question whether `entry` was chosen. `prepared`: ballot of the last Prepare that was sent while it waited;
+    promises of an earlier one may be older than the question, and then tell nothing about it."""
+
     entry: int
     deadline: float
     job: Job
     index: int
+    prepared: Ballot = NO_BALLOT
 
 
 @dataclass(slots=True)
@@ -110,9 +125,13 @@ class Proposal:
 
 @dataclass(slots=True)
 class Incoming:
-    """A state transfer in progress: pieces of a timeline's state, installed together when complete."""
+    """A state transfer in progress: pieces of a timeline's state, installed together when complete.
+
+    `expected`: the cursor of the piece that comes next; any other would leave a gap.
+    """
 
     version: int
+    expected: bytes = b""
     rows: list[tuple[bytes, bytes]] = field(default_factory=list)
     size: int = 0
     needs_system: int = 0
@@ -155,6 +174,7 @@ class Timeline:
         "settles",
         "value",
         "waiting",
+        "wakes_at",
         "wiped",
     )
 
@@ -182,11 +202,16 @@ class Timeline:
         self.linked = 0  # greatest version that cold links rely on, as of version `linked_at` of the system timeline
         self.linked_at = -1
         self.incoming: Incoming | None = None
+        self.wakes_at = math.inf  # of its earliest timer
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way that lives only in memory."""
-        return bool(self.proposal or self.waiting or self.settles or self.held or self.incoming)
+        """Whether something is under way that lives only in memory and that nobody would repeat."""
+        return bool(self.proposal or self.waiting or self.settles or self.incoming)
+
+    def all_waiters(self) -> list[Waiter | SettleWaiter]:
+        """Requests and questions that have no answer yet."""
+        return [*self.waiting.values(), *self.settles]
 
     def meta(self) -> Meta:
         entry = self.chosen + 1 if self.promised != NO_BALLOT else 0
@@ -202,6 +227,7 @@ class Core:
         replica: int,
         replicas: int,
         life: Life,
+        buckets: int,
         engine: Engine,
         settings: Settings,
         rng: random.Random,
@@ -213,6 +239,7 @@ class Core:
         self.majority = replicas // 2 + 1
         self.peers = [r for r in range(replicas) if r != replica]
         self.life = life
+        self.buckets = buckets
         self.engine = engine
         self.settings = settings
         self.rng = rng
@@ -246,17 +273,28 @@ class Core:
 
     # ---- timers
 
-    def wake_at(self, due: float, timeline: bytes) -> None:
-        """Have the proposer look at a timeline at time `due` (or a little later)."""
-        self._timer_number += 1
-        heapq.heappush(self._timers, (due, self._timer_number, timeline))
+    def wake_at(self, due: float, timeline: Timeline) -> None:
+        """Have the proposer look at a timeline at time `due` at the latest.
 
-    def due(self, now: float) -> list[bytes]:
-        """Timelines whose time has come, each once."""
-        ready: dict[bytes, None] = {}
+        A timeline has one timer that counts, its earliest; who is woken by it sets the next. So the timers are
+        bounded by the timelines at work, whatever the rate of requests and their deadlines.
+        """
+        if due < timeline.wakes_at:
+            timeline.wakes_at = due
+            self._timer_number += 1
+            heapq.heappush(self._timers, (due, self._timer_number, timeline.key))
+
+    def due(self, now: float) -> list[Timeline]:
+        """Timelines whose time has come, each once. What has left memory meanwhile had nothing to wait for."""
+        ready: dict[bytes, Timeline] = {}
         while self._timers and self._timers[0][0] <= now:
-            ready[heapq.heappop(self._timers)[2]] = None
-        return list(ready)
+            due, _, key = heapq.heappop(self._timers)
+            timeline = self._timelines.get(key)
+            if timeline is not None:
+                ready[key] = timeline
+                if timeline.wakes_at == due:
+                    timeline.wakes_at = math.inf
+        return list(ready.values())
 
     def next_due(self) -> float | None:
         """Time of the earliest timer."""
@@ -265,9 +303,15 @@ class Core:
     # ---- timelines in memory
 
     def timeline(self, key: bytes) -> Timeline:
-        """State of a timeline, from memory or from the engine. Unknown timelines are empty."""
+        """State of a timeline, from memory or from the engine. Unknown timelines are empty.
+
+        Raises InvalidRequest for bytes that are no timeline key of this cluster: their rows would lie among those
+        of others.
+        """
         found = self._timelines.get(key)
         if found is None:
+            if not is_placed_right(key, self.buckets):
+                raise InvalidRequest(f"timeline {key!r} does not lie in the bucket that it names")
             found = self._load(key)
             self._timelines[key] = found
         else:
@@ -314,16 +358,11 @@ class Core:
         surplus = len(self._timelines) - self.settings.timelines_in_memory
         if surplus <= 0:
             return
-        for key in list(self._timelines):
-            if surplus <= 0:
-                return
-            timeline = self._timelines[key]
-            if timeline.busy or timeline.dirty > self.durable:
-                continue
-            if key in self.unmarked:
+        idle = (t for t in self._timelines.values() if not (t.busy or t.dirty > self.durable))
+        for timeline in list(itertools.islice(idle, surplus)):
+            if timeline.key in self.unmarked:
                 self.mark(timeline)
-            del self._timelines[key]
-            surplus -= 1
+            del self._timelines[timeline.key]
 
     # ---- durable notes that need no fsync of their own
 

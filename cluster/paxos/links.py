@@ -7,12 +7,26 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ..cold.link import HORIZON_PREFIX, RECORDS_AT, Link, decode_link
+from ..errors import ProtocolError
 from ..keys import MIN_TIMESTAMP, split_item_key, system_timeline
 from ..messages import DELETE
 from .core import Core, Timeline
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
 
 BUCKETS_IN_MEMORY = 4096
+HORIZON_BYTES = 8
+
+
+def is_record(bucket: int, key: bytes, value: bytes) -> bool:
+    """Whether an item may be written to a bucket's system timeline: what can't be read there stops the bucket."""
+    timestamp, name = split_item_key(key)
+    if timestamp == RECORDS_AT:
+        return not name.startswith(HORIZON_PREFIX) or len(value) == HORIZON_BYTES
+    try:
+        link = decode_link(value)
+    except ProtocolError:
+        return False
+    return link.bucket == bucket and link.key == key and link.window_start < link.window_end
 
 
 @dataclass(slots=True)

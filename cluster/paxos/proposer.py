@@ -84,9 +84,9 @@ class Proposer:
         self.queued += 1
         self.queued_bytes += waiter.size
         timeline.waiting[waiter.request_id] = waiter
-        self.core.wake_at(waiter.deadline, timeline.key)
         if timeline.proposal is None:
             self.start(timeline, now)
+        self.core.wake_at(waiter.deadline, timeline)
 
     def refuse(self, waiter: Waiter, outcome: int) -> None:
         """Answer a request that can't be taken."""
@@ -98,9 +98,9 @@ class Proposer:
             self._finish(waiter.job, waiter.index, OK, timeline.chosen, timeline.dirty)
             return
         timeline.settles.append(waiter)
-        self.core.wake_at(waiter.deadline, timeline.key)
         if timeline.proposal is None:
             self.start(timeline, now)
+        self.core.wake_at(waiter.deadline, timeline)
 
     def settle_quietly(self, timeline: Timeline, now: float) -> None:
         """Settle the open entry for a chore of our own: nobody waits for the answer."""
@@ -121,8 +121,10 @@ class Proposer:
                 timeline.proposal = Proposal(entry, (0, self.core.life), ACCEPT, 0.0)
                 self.core.counters.add("fast_accepts")
                 self._send_accept(timeline, timeline.proposal, value, now)
-            return
-        if not timeline.settles and not self._form_would_propose(timeline, now):
+                return
+            if timeline.proposal is not None:
+                return  # it asks its peers first
+        if not timeline.settles and not self._eligible(timeline, now):
             return
         timeline.proposal = Proposal(entry, NO_BALLOT, PREPARE, 0.0)
         self._send_prepare(timeline, timeline.proposal, now)
@@ -142,6 +144,8 @@ class Proposer:
         proposal.promises.clear()
         proposal.votes.clear()
         proposal.resends = 0
+        for asking in timeline.all_waiters():
+            asking.prepared = proposal.ballot
         self.core.counters.add("prepares")
         batch = self.acceptor.promise(timeline, proposal.ballot)
         self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, PREPARE))
@@ -177,7 +181,7 @@ class Proposer:
         settings = self.core.settings
         pause = min(settings.accept_timeout_s * (1 << min(proposal.resends, 8)), settings.resend_max_s)
         proposal.due = now + pause
-        self.core.wake_at(proposal.due, timeline.key)
+        self.core.wake_at(proposal.due, timeline)
 
     # ---- answers of peers
 
@@ -195,15 +199,19 @@ class Proposer:
             assert value is not None
             self._send_accept(timeline, proposal, value, now)
             return
-        # Nothing was accepted by a majority: nothing was chosen so far, which is what a settler wants to know.
-        for waiter in timeline.settles:
-            self._finish(waiter.job, waiter.index, OK, timeline.chosen, timeline.dirty)
-        timeline.settles.clear()
-        for waiting in timeline.waiting.values():
-            waiting.asked_peers = True  # the promises came from a majority that has nothing newer
+        # A majority had accepted nothing when it promised, so nothing was chosen then. To a settler that tells what
+        # it wants to know, if it asked before: a promise may be older than the question, and the entry chosen since.
+        for settle in [s for s in timeline.settles if s.prepared == proposal.ballot]:
+            timeline.settles.remove(settle)
+            self._finish(settle.job, settle.index, OK, timeline.chosen, timeline.dirty)
+        for waiter in timeline.waiting.values():
+            if waiter.prepared == proposal.ballot:
+                waiter.asked_peers = waiter.confirmed = True
         own = self._form(timeline, now)
         if own is None:
             timeline.proposal = None
+            if timeline.waiting or timeline.settles:
+                self.core.wake_at(now, timeline)
         else:
             self._send_accept(timeline, proposal, own, now)
 
@@ -242,7 +250,7 @@ class Proposer:
         proposal.ballot = (max(proposal.ballot[0], against[0]), self.core.life)
         proposal.due = now + self.core.rng.uniform(0, timeline.backoff_s)
         self.core.counters.add("backoffs")
-        self.core.wake_at(proposal.due, timeline.key)
+        self.core.wake_at(proposal.due, timeline)
 
     @staticmethod
     def _is_about(proposal: Proposal | None, entry: int, ballot: Ballot, phase: str) -> bool:
@@ -294,7 +302,8 @@ class Proposer:
             self._finish(settle.job, settle.index, OK, entry, timeline.dirty)
         proposal = timeline.proposal
         if proposal is not None and proposal.entry <= entry:
-            if proposal.value is not None:
+            if proposal.value is not None and proposal.entry == entry > timeline.floor:
+                # Not so when a state transfer went past the entry: what that entry served may be forgotten by now.
                 for request_id in proposal.value.request_ids:
                     lost = timeline.waiting.get(request_id)
                     if lost is not None:
@@ -302,7 +311,7 @@ class Proposer:
             timeline.proposal = None
             timeline.backoff_s /= 2
         if timeline.proposal is None and (timeline.waiting or timeline.settles):
-            self.core.wake_at(now, timeline.key)
+            self.core.wake_at(now, timeline)
 
     def tell_chosen(self, now: float, *, force: bool = False) -> None:
         """Tell peers what was chosen, when the delay is over or when a message leaves for them anyway."""
@@ -321,12 +330,23 @@ class Proposer:
     # ---- time
 
     def wake(self, timeline: Timeline, now: float) -> None:
-        """Deadlines, repeated messages, the end of a back-off, the start of what waited."""
+        """Deadlines, repeated messages, the end of a back-off, the start of what waited; then the next timer."""
+        self._expire(timeline, now)
+        self._go_on(timeline, now)
+        dues = [waiter.deadline for waiter in timeline.all_waiters()]
+        if timeline.proposal is not None:
+            dues.append(timeline.proposal.due)
+        if dues:
+            self.core.wake_at(min(dues), timeline)
+
+    def _expire(self, timeline: Timeline, now: float) -> None:
         for waiter in [w for w in timeline.waiting.values() if w.deadline <= now]:
             self._drop(timeline, waiter, UNKNOWN if waiter.sent else UNAVAILABLE, timeline.chosen)
         for settle in [s for s in timeline.settles if s.deadline <= now]:
             timeline.settles.remove(settle)
             self._finish(settle.job, settle.index, UNAVAILABLE, timeline.chosen, 0)
+
+    def _go_on(self, timeline: Timeline, now: float) -> None:
         proposal = timeline.proposal
         if proposal is None:
             self.start(timeline, now)
@@ -370,6 +390,8 @@ class Proposer:
         items = size = 0
         settings = self.core.settings
         for waiter in self._eligible(timeline, now):
+            if waiter.if_version > timeline.chosen:
+                continue  # whether it conflicts is for a majority to say
             alone = waiter.if_version >= 0
             if taken and (
                 alone
@@ -391,11 +413,11 @@ class Proposer:
         ids = [waiter.request_id for waiter in taken]
         return Value(self.core.life, self.core.wall_us(), ids, kinds, keys, values)
 
-    def _form_would_propose(self, timeline: Timeline, now: float) -> bool:
-        return bool(self._eligible(timeline, now))
-
     def _eligible(self, timeline: Timeline, now: float) -> list[Waiter]:
-        """Waiting requests that may enter entry chosen+1, in order; the others are answered and dropped."""
+        """Waiting requests that may enter entry chosen+1, in order; the others are answered and dropped.
+
+        One with a condition on a version that we have not is among them until a majority has none of it either.
+        """
         ids = self.core.ids_of(timeline)
         eligible = []
         for waiter in list(timeline.waiting.values()):
@@ -403,13 +425,14 @@ class Proposer:
             if applied is not None:
                 self._drop(timeline, waiter, OK, applied)
             elif waiter.seen < timeline.chosen - self.core.settings.request_id_entries:
-                self._drop(timeline, waiter, STALE, timeline.chosen)
+                # With an attempt of our own out, "surely not applied" would be a guess.
+                self._drop(timeline, waiter, UNKNOWN if waiter.sent else STALE, timeline.chosen)
             elif max(waiter.seen, waiter.if_version) > timeline.chosen and not waiter.asked_peers:
                 # The sender has seen a version that we have not: learn it before judging the request.
                 waiter.asked_peers = True
                 self._catch_up_first(timeline, now)
                 return []
-            elif waiter.if_version >= 0 and waiter.if_version != timeline.chosen:
+            elif 0 <= waiter.if_version < timeline.chosen or (waiter.if_version > timeline.chosen and waiter.confirmed):
                 self._drop(timeline, waiter, CONFLICT, timeline.chosen)
             elif not waiter.keys:
                 self._drop(timeline, waiter, INVALID, timeline.chosen)
@@ -423,7 +446,7 @@ class Proposer:
         for peer in self.core.peers:
             timeline.asked_until = 0.0  # this question goes to every peer
             self.acceptor.fetch(timeline, peer, now)
-        self.core.wake_at(proposal.due, timeline.key)
+        self.core.wake_at(proposal.due, timeline)
 
     # ---- answering
 

@@ -7,13 +7,15 @@ says what it has: `chosen`, whether entry chosen+1 is open here, and data as of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 
 from ..cold.link import Link
+from ..errors import InvalidRequest
 from ..keys import (
     MAX_TIMESTAMP,
     MIN_TIMESTAMP,
     bucket_of,
+    bucket_prefix,
     split_item_key,
     split_timeline,
     timeline_hash,
@@ -46,6 +48,7 @@ from .core import Core, Timeline
 from .links import NO_LINKS, LinkIndex, TableLinks
 from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefix_end, rows_prefix, version_of
 
+TIMESTAMP_BYTES = 8  # the least that an item key, or a bound between two, begins with
 MAX_LINKS = 64  # blocks that one answer names for one timeline
 MAX_ANSWER_BYTES = 16 << 20
 MAX_DELTA_ITEMS = 2_000
@@ -131,19 +134,16 @@ class Reads:
         self.core.counters.add("version_questions", len(chosen))
         return Versions(pack_i64(chosen), opens), after
 
-    def chosen_list(self, message: AskChosen, owned: Sequence[int]) -> ChosenList:
+    def chosen_list(self, message: AskChosen, owned: Set[int]) -> ChosenList:
         """How far this replica has applied the timelines of `owned` buckets, from (bucket, cursor) on."""
         self.core.mark_all()
         names: list[bytes] = []
         chosen: list[int] = []
-        for bucket in owned:
-            if bucket < message.bucket:
-                continue
-            low = b"M" + bucket.to_bytes(4, "big")
-            start = b"M" + message.cursor if bucket == message.bucket and message.cursor else low
-            for name, row in self.core.engine.scan(start, prefix_end(low)):
-                if len(names) >= CHOSEN_PER_ANSWER:
-                    return ChosenList(names, pack_i64(chosen), bucket, name[1:])
+        start = b"M" + (message.cursor or bucket_prefix(max(message.bucket, 0)))
+        for seen, (name, row) in enumerate(self.core.engine.scan(start, b"N")):
+            if seen >= CHOSEN_PER_ANSWER:
+                return ChosenList(names, pack_i64(chosen), bucket_of(name[1:]), name[1:])
+            if bucket_of(name[1:]) in owned:
                 names.append(name[1:])
                 chosen.append(Meta.decode(row).chosen)
         return ChosenList(names, pack_i64(chosen), -1, b"")
@@ -155,11 +155,20 @@ class Reads:
         answer = _Answer()
         have = unpack_i64(message.have)
         limits = unpack_u32(message.limits)
+        if not len(message.timelines) == len(have) == len(limits) == len(message.wants) == len(message.bounds):
+            raise InvalidRequest("a Check whose columns are not of one length")
+        for want, bound in zip(message.wants, message.bounds, strict=True):
+            if len(bound) < TIMESTAMP_BYTES and (bound or want == POINT):
+                raise InvalidRequest(f"a Check with bound {bound!r}, which is no item key")
         proofs = {known.index: known for known in message.known}
         for index, key in enumerate(message.timelines):
             timeline = self.core.timeline(key)
             proof = proofs.get(index)
-            if proof is not None and proof.entry == timeline.chosen + 1 and proof.ballot == timeline.accepted:
+            if (
+                proof is not None
+                and proof.entry == timeline.chosen + 1
+                and proof.ballot == timeline.accepted != NO_BALLOT
+            ):
                 self.acceptor.choose(timeline)
             answer.after = max(answer.after, timeline.dirty)
             if self._is_behind_its_links(timeline, now):

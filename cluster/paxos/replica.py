@@ -23,12 +23,14 @@ from dataclasses import dataclass, field
 
 from ..counters import Counters
 from ..engine import Engine
-from ..errors import Unavailable
-from ..keys import is_placed_right, is_system
+from ..errors import InvalidRequest, Unavailable
+from ..keys import MAX_ID_BYTES, bucket_of, is_placed_right, is_system
 from ..messages import (
     DELETE,
     INVALID,
+    MAX_FRAME_BYTES,
     MISPLACED,
+    NO_BALLOT,
     PUT,
     WIPE,
     Accept,
@@ -36,6 +38,7 @@ from ..messages import (
     AskChosen,
     AskTables,
     AskVersions,
+    Ballot,
     Check,
     Chosen,
     Entries,
@@ -59,14 +62,17 @@ from ..messages import (
 from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores
-from .core import Core, Job, Settings, SettleWaiter, Timeline, Waiter
-from .links import LinkIndex
+from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline, Waiter
+from .links import LinkIndex, is_record
 from .proposer import Proposer
 from .reads import Reads
 from .rows import life_key
 from .scans import Scans
 
 JOINING, VOTING, FENCED = "joining", "voting", "fenced"
+MAX_TIMEOUT_MS = 300_000
+MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece
+MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 HELLO_S = 0.2
 
 
@@ -99,13 +105,13 @@ class Replica:
             replica=replica,
             replicas=replicas,
             life=life,
+            buckets=buckets,
             engine=engine,
             settings=settings,
             rng=rng,
             wall_us=wall_us,
             counters=counters,
         )
-        self.buckets = buckets
         self.owned = owned
         self._owned_set = frozenset(owned)
         self.links = LinkIndex(self.core)
@@ -150,7 +156,7 @@ class Replica:
             self.core.reply(token, Written(bytes((INVALID,)) * count, pack_i64([0] * count)))
             return
         job = Job(token, bytearray(count), [0] * count, count)
-        deadline = now + message.timeout_ms / 1000
+        deadline = now + min(message.timeout_ms, MAX_TIMEOUT_MS) / 1000
         start = 0
         self.core.counters.add("write_batches")
         self.core.counters.add("write_requests", count)
@@ -180,17 +186,30 @@ class Replica:
                 self.proposer.enqueue(self.core.timeline(key), waiter, now)
 
     def _refusal(self, key: bytes, waiter: Waiter) -> int:
-        """Outcome for a request that this replica can't take at all, or 0."""
-        if not is_placed_right(key, self.buckets):
+        """Outcome for a request that this replica can't take at all, or 0.
+
+        What passes here goes to disks and peers and must not trouble any of them: an entry that exceeds a frame, or
+        a link that can't be read, would stop its timeline for good.
+        """
+        try:
+            if not is_placed_right(key, self.core.buckets):
+                return INVALID
+        except InvalidRequest:
             return INVALID
         if int.from_bytes(key[:4], "big") not in self._owned_set:
             return MISPLACED
-        for kind, item in zip(waiter.kinds, waiter.keys, strict=True):
+        system = is_system(key)
+        for kind, item, value in zip(waiter.kinds, waiter.keys, waiter.values, strict=True):
             if kind == WIPE:
-                if item or is_system(key):
+                if item or value or system:
                     return INVALID
-            elif kind not in (PUT, DELETE) or len(item) < 10 or item[-2:] != b"\x00\x01":
+                continue
+            if kind not in (PUT, DELETE) or not is_item_key(item):
                 return INVALID
+            if system and kind == PUT and not is_record(bucket_of(key), item, value):
+                return INVALID
+        if len(waiter.keys) > self.core.settings.entry_items or waiter.size > MAX_REQUEST_BYTES:
+            return INVALID
         return 0 if waiter.keys and len(waiter.request_id) == 16 else INVALID
 
     def settle(self, now: float, token: int, message: Settle) -> None:
@@ -202,7 +221,9 @@ class Replica:
         if len(entries) != len(message.timelines) or not entries:
             raise Unavailable("a Settle without timelines, or with another number of entries")
         job = Job(token, bytearray(len(entries)), [0] * len(entries), len(entries), settle=True)
-        deadline = now + message.timeout_ms / 1000
+        for key in message.timelines:
+            self.core.timeline(key)  # one that can't be is refused before any other is begun
+        deadline = now + min(message.timeout_ms, MAX_TIMEOUT_MS) / 1000
         self.core.counters.add("settles", len(entries))
         for index, (key, entry) in enumerate(zip(message.timelines, entries, strict=True)):
             self.proposer.settle(self.core.timeline(key), SettleWaiter(entry, deadline, job, index), now)
@@ -219,7 +240,7 @@ class Replica:
             self._require_owned(message.timelines)
             answer, after = self.reads.versions(message)
         elif isinstance(message, AskChosen):
-            answer, after = self.reads.chosen_list(message, self.owned), 0
+            answer, after = self.reads.chosen_list(message, self._owned_set), 0
         elif isinstance(message, AskTables):
             answer, after = self.scans.tables(message, self.owned), 0
         else:
@@ -236,11 +257,12 @@ class Replica:
     def peer(self, now: float, sender: int, batch: PeerBatch) -> None:
         """Take what a peer has to say. Its life is noted durably before anything is answered."""
         self._now = now
-        if sender not in self.core.peers or batch.life[0] != sender:
+        if sender not in self.core.peers or batch.life[0] != sender or min(batch.life) < 0:
             return
         mine = self.core.life
         if (batch.incarnation_seen, batch.boot_seen) > mine[1:]:
             self.state = FENCED
+            self.core.messages.clear()  # votes too
             self.reason = (
                 f"replica {sender} has seen a later life of this one (incarnation {batch.incarnation_seen}, boot "
                 f"{batch.boot_seen}; this is {mine[1]}, {mine[2]}): the data folder is from the past"
@@ -254,13 +276,20 @@ class Replica:
             self.core.lives[sender] = batch.life
             self.core.engine.put(life_key(sender), _encode_life(batch.life))
             self._life_noted_in = self.core.engine.sequence
+            self._hello = True  # it may wait for our confirmation
         if self.state == JOINING and (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
             self.state, self.reason = VOTING, ""
         if self.state != VOTING:
             return
         for message in batch.messages:
-            if message.timeline[:4] and int.from_bytes(message.timeline[:4], "big") in self._owned_set:
+            if int.from_bytes(message.timeline[:4], "big") not in self._owned_set:
+                continue
+            try:
+                if not _is_sound(message):
+                    raise InvalidRequest("its columns don't fit")
                 self._peer_message(now, sender, batch.life[1], message)
+            except InvalidRequest:
+                self.core.counters.add("malformed_peer_messages")
 
     def _peer_message(self, now: float, sender: int, incarnation: int, message: PeerMessage) -> None:
         timeline = self.core.timeline(message.timeline)
@@ -297,8 +326,8 @@ class Replica:
     def tick(self, now: float) -> None:
         """Let deadlines, repeats and delayed notes happen."""
         self._now = now
-        for key in self.core.due(now):
-            self.proposer.wake(self.core.timeline(key), now)
+        for timeline in self.core.due(now):
+            self.proposer.wake(timeline, now)
         self.proposer.tell_chosen(now)
         if self.core.unmarked and self._mark_at is None:
             self._mark_at = now + self.core.settings.mark_delay_s
@@ -343,8 +372,8 @@ class Replica:
         output = Output()
         core = self.core
         core.shrink()
-        for key in core.due(now):
-            self.proposer.wake(core.timeline(key), now)
+        for timeline in core.due(now):
+            self.proposer.wake(timeline, now)
         if core.replies:
             output.replies = [(token, message) for after, token, message in core.replies if after <= core.durable]
             core.replies = [reply for reply in core.replies if reply[0] > core.durable]
@@ -386,6 +415,34 @@ class Replica:
         if is_system(timeline.key):
             self.catch_up.on_system_chosen(timeline, self._now)
         self.chores.trim(timeline)
+
+
+def is_item_key(key: bytes) -> bool:
+    """Whether bytes can be an item key: long enough for a timestamp, with an end, and not too long."""
+    return 10 <= len(key) <= MAX_ITEM_KEY_BYTES and key[-2:] == b"\x00\x01"
+
+
+def _is_sound(message: PeerMessage) -> bool:
+    """Whether a peer's message can be worked with: columns that fit one another, numbers that the disk can hold."""
+    match message:
+        case Prepare(ballot=ballot) | Nack(promised=ballot):
+            return _is_real(ballot)
+        case Accept(value=value, ballot=ballot):
+            return _is_real(ballot) and len(value.kinds) == len(value.keys) == len(value.values)
+        case Promise(value=value, accepted=accepted):
+            if value is None:
+                return accepted == NO_BALLOT
+            return len(value.kinds) == len(value.keys) == len(value.values)
+        case Entries(values=values):
+            return all(len(value.kinds) == len(value.keys) == len(value.values) for value in values)
+        case State(version=version, row_keys=row_keys, rows=rows):
+            return 0 <= version < MAX_ENTRY and len(row_keys) == len(rows) and all(len(key) >= 18 for key in row_keys)
+        case _:
+            return True
+
+
+def _is_real(ballot: Ballot) -> bool:
+    return 0 <= ballot[0] < MAX_ENTRY and min(ballot[1]) >= 0 and max(ballot[1]) < MAX_ENTRY
 
 
 def _weight(message: PeerMessage) -> int:

@@ -103,7 +103,7 @@ class Scans:
     def _scan_bucket(self, answer: _Answer, bucket: int, message: Scan, cursor: bytes) -> bytes:
         """Add the bucket's eligible timelines from `cursor` on. Returns where to go on, b"" when it is done."""
         prefix = b"R" + bucket_prefix(bucket) + bytes((len(message.table),)) + message.table
-        at = b"R" + cursor if cursor else prefix
+        at = max(b"R" + cursor, prefix)
         end = prefix_end(prefix)
         while True:
             row = next(iter(self.core.engine.scan(at, end)), None)

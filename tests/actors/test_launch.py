@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import ray
-from timetier import Unavailable
+from timetier import InvalidRequest, Unavailable
 from timetier.actors.connecting import ClusterStore, connect_async
 from timetier.actors.jobs_client import ENDED, FAILED, SUCCEEDED, SinkOptions, start_sink
 from timetier.actors.jobs_client import _Task as as_task
@@ -278,6 +278,15 @@ def test_the_sink_runs_on_schedule(cluster: None, config: Config) -> None:
 def test_a_namespace_without_a_cluster_is_told_with_the_remedy(ray_session: None, namespace: str) -> None:
     with pytest.raises(Unavailable, match="timetier up"):
         asyncio.run(connect_async(namespace=namespace))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_connected_process_is_not_given_the_store_of_another_ray_than_it_names(
+    cluster: None, local_ray: LocalRay, address: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="one at a time"):
+        asyncio.run(connect_async(address, namespace=NAMESPACE))
+    in_store(lambda store: store.table("moments").get("nobody", 1), address=local_ray.address)
 
 
 def test_figures_are_exported_as_metrics_with_few_tags(cluster: None) -> None:

@@ -468,6 +468,8 @@ def test_the_largest_arguments_that_are_allowed_pass() -> None:
         ("", InvalidRequest, "empty"),
         ("t" * 65, TooLarge, "64"),
         (5, InvalidRequest, "table=5"),
+        ("_links", InvalidRequest, "beginning"),
+        ("a b", InvalidRequest, "A-Z"),
         ("x", InvalidRequest, "moments"),
     ],
 )
@@ -477,6 +479,15 @@ def test_a_table_that_is_not_there_is_an_error_that_lists_those_that_are(
     async def scenario(world: World) -> None:
         with pytest.raises(kind, match=text):
             world.store.table(name)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("method", ["put_many", "get_many", "delete_many", "timelines"])
+def test_what_is_no_list_is_an_invalid_request(method: str) -> None:
+    async def scenario(world: World) -> None:
+        with pytest.raises(InvalidRequest, match="=5: pass a list"):
+            await getattr(world.moments, method)(5)
 
     play(scenario)
 

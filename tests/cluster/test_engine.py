@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from memory_engine import MemoryEngine
 from rocksdict import ReadOptions
-from timetier.cluster.engine import RocksEngine
+from timetier.cluster.engine import EngineFailed, RocksEngine
 from timetier.cluster.errors import Corrupt
 
 
@@ -105,3 +105,37 @@ def test_a_damaged_log_is_reported_and_not_skipped(tmp_path: Path) -> None:
     whole.close()
     with pytest.raises(Corrupt, match="can't be opened"):
         engine_in(tmp_path / "damaged", create=False)
+
+
+def test_a_block_that_cannot_be_read_fails_every_read_that_needs_it(tmp_path: Path) -> None:
+    """A scan that ended there as at its bound would hide acknowledged rows, and votes."""
+    engine = engine_in(tmp_path)
+    for number in range(20_000):
+        engine.put(b"R%08d" % number, bytes(100) + b"%d" % number)
+    engine.commit()
+    engine._db.flush()
+    engine.close()
+    (table,) = (tmp_path / "engine").glob("*.sst")
+    data = bytearray(table.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+    table.write_bytes(data)
+    engine = engine_in(tmp_path, create=False)
+    readable = []
+    for number in range(20_000):
+        try:
+            assert engine.get(b"R%08d" % number) is not None
+            readable.append(number)
+        except EngineFailed as error:
+            assert "Corruption" in error.message
+    assert 10_000 < len(readable) < 20_000
+    lost = next(number for number in range(20_000) if number not in set(readable))
+    for low, high in ((0, 20_000), (lost, lost + 1), (lost - 5, lost + 5), (lost, 20_000), (0, lost + 1)):
+        for reverse in (False, True):
+            with pytest.raises(EngineFailed):
+                list(engine.scan(b"R%08d" % low, b"R%08d" % high, reverse=reverse))
+    with pytest.raises(EngineFailed):
+        engine.get_many([b"R%08d" % lost])
+    assert len(list(engine.scan(b"R%08d" % 0, b"R%08d" % 100))) == 100
+    assert len(list(engine.scan(b"R%08d" % 19_900, b"S", reverse=True))) == 100
+    engine.close()

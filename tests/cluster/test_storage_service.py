@@ -14,13 +14,26 @@ from timetier.cluster.errors import Corrupt
 from timetier.cluster.identity import Refused
 from timetier.cluster.keys import item_key, priority, system_timeline, timeline_key
 from timetier.cluster.messages import (
+    NO_BALLOT,
     OK,
     PUT,
+    Accept,
+    AskChosen,
+    AskVersions,
     Check,
     Checked,
+    Chosen,
     Failure,
+    Message,
     Pages,
+    PeerBatch,
+    PeerMessage,
+    Prepare,
     ReadPages,
+    Scan,
+    Settle,
+    Value,
+    Write,
     pack_i64,
     pack_u32,
     unpack_i64,
@@ -164,5 +177,66 @@ def test_a_fence_in_a_system_timeline_is_no_link(tmp_path: Path) -> None:
             await wait_for(
                 lambda: all(s.status()["chores"] == 0 for s in cluster.services.values()), "the chores to end"
             )
+
+    asyncio.run(run())
+
+
+def test_malformed_requests_are_refused_and_end_no_life(tmp_path: Path) -> None:
+    bad_key = ALICE[:-1]
+    life = (SECOND, 1, 1)
+    requests: list[Message] = [
+        Settle([bad_key], pack_i64([1]), 100),
+        Settle([ALICE], b"odd", 100),
+        AskVersions([bad_key]),
+        Check([ALICE], pack_i64([-1]), b"", [b""], pack_u32([1])),
+        Check([ALICE], pack_i64([-1]), b"\x03", [b"x"], pack_u32([1])),
+        Check([bad_key], pack_i64([-1]), b"\x00", [b""], pack_u32([1])),
+        Scan(0, b"t" * 300, 0, 0, b"", 1),
+        Scan(-1, b"t", 1 << 62, 1 << 62, b"\xff" * 40, 1),
+        AskChosen(-5, b"\xff"),
+        Write(1, [bad_key], [rid(1)], pack_i64([0]), b"short", pack_u32([1]), b"\x00", [item_key(1)], [b"x"], 10),
+    ]
+    peers: list[list[PeerMessage]] = [
+        [Prepare(bad_key, 1, (1, life))],
+        [Chosen(ALICE, 2, NO_BALLOT)],
+        [Accept(ALICE, 2, (1, life), NO_BALLOT, Value(life, 0, [], b"\x00", [], []))],
+    ]
+
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            service = cluster.services[FIRST]
+            for request in requests:
+                answer = await cluster.client.call(f"storage-0-{FIRST}", request, 5.0)
+                assert not isinstance(answer, Checked) or not answer.keys, answer
+            for messages in peers:
+                await service.handle(PeerBatch(life, 1, 1, messages))
+            assert (await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)) == (OK, 2)
+            assert service.status()["boot"] == 1
+            assert "lives_ended_by_errors" not in service.counters.totals
+
+    asyncio.run(run())
+
+
+def test_an_error_in_the_middle_of_a_step_ends_the_life_and_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+    """Memory may be ahead of the engine then, so the next life begins with what the disk has."""
+
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            service = cluster.services[FIRST]
+            replica = service._replica
+            assert replica is not None
+
+            def fail(*_: object) -> None:
+                raise ValueError("in the middle")
+
+            replica.acceptor._write_entry = fail  # type: ignore[method-assign, assignment]
+            with pytest.raises(AssertionError, match="OutcomeUnknown"):
+                await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
+            await wait_for(lambda: service.status()["state"] == "voting", "the next life")
+            assert service.status()["boot"] == 2
+            assert (await cluster.put(FIRST, ALICE, rid(3), [(item_key(3), b"x")], seen=1)) == (OK, 2)
+            assert set(await items_of(cluster, FIRST)) == {item_key(1), item_key(3)}
 
     asyncio.run(run())

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from timetier.actors.launch import stop_cluster
 from timetier.actors.local_ray import LocalRay, find_local_ray, stop_local_ray
+from timetier.actors.processes import family
 from timetier.jobs.cli_common import run_command
 from timetier.jobs.command_line import commands
 
@@ -154,6 +156,12 @@ def test_a_file_is_loaded_and_loading_it_again_changes_nothing(shell: Shell) -> 
     assert json.loads(item["value"]) == {"text": "t100"}
 
 
+def test_a_file_of_which_nothing_can_be_loaded_is_no_success(shell: Shell) -> None:
+    (shell.folder / "noise.jsonl").write_bytes(b"\xff\xfe\n{\n")
+    report = shell.quick("load", "noise.jsonl", "--owner", "who", "--time", "at", status=1)
+    assert (report["rows"], report["rejected"]) == (2, 2)
+
+
 def test_status_shows_every_actor(shell: Shell) -> None:
     found = shell.json("status")
     assert found["state"] == "serving"
@@ -186,6 +194,7 @@ def test_starting_it_again_is_a_success(shell: Shell) -> None:
         (["delete", "alice"], ["TIMESTAMP"]),
         (["sink", "--before", "soon"], ["soon"]),
         (["load", "missing.csv", "--owner", "a", "--time", "b"], ["missing.csv"]),
+        (["put", "alice", "1", os.fsdecode(b"\xff")], ["UTF-8", "--file"]),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -197,6 +206,20 @@ def test_without_a_cluster_commands_say_how_to_start_one(tmp_path: Path) -> None
     assert_one_error_line(shell.run("get", "alice", "1"), 1, "timetier up", str(tmp_path))
     assert shell.json("status", status=1)["state"] == "down"
     assert shell.json("down") == {"stopped": [], "ray_stopped": False}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_an_address_where_no_ray_listens_is_told_at_once(tmp_path: Path, address: str) -> None:
+    shell = Shell(["--data-dir", str(tmp_path)], environment(RAY_ADDRESS=address), tmp_path)
+    assert_one_error_line(shell.run("status", timeout_s=20), 1, "can't connect to Ray", address)
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_a_folder_that_can_not_be_written_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+    done = subprocess.run(
+        [*COMMAND, command, "--data-dir", "/proc/timetier"], capture_output=True, env=environment(), timeout=60
+    )
+    assert_one_error_line(done, 1, "/proc/timetier", "No such file")
 
 
 def test_a_wrong_configuration_names_file_field_and_remedy(tmp_path: Path) -> None:
@@ -249,6 +272,32 @@ def test_an_interrupted_command_ends_with_130(tmp_path: Path) -> None:
         _, told = process.communicate(timeout=30)
     assert process.returncode == 130, told
     assert b"Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demonstration_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    # A socket's path is short, so pytest's folder can't be the one for temporary files.
+    with tempfile.TemporaryDirectory(prefix="tt", dir="/tmp") as scratch:
+        with subprocess.Popen([*COMMAND, "demo"], stderr=subprocess.PIPE, env=environment(TMPDIR=scratch)) as process:
+            record = until_there(Path(scratch), "timetier-demo-*/ray/head.json")
+            head = json.loads(record.read_bytes())
+            process.send_signal(number)
+            _, told = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, told
+        assert b"Traceback" not in told
+        assert list(Path(scratch).iterdir()) == []
+        assert family(head["pid"], head["started"], f"TMPDIR={head['temp_dir']}/t") == {}
+
+
+def until_there(folder: Path, pattern: str) -> Path:
+    import threading
+    import time
+
+    deadline = time.monotonic() + 60
+    while not (found := list(folder.glob(pattern))):
+        assert time.monotonic() < deadline, f"{pattern} never appears"
+        threading.Event().wait(0.02)
+    return found[0]
 
 
 def _until_reads(pid: int) -> None:
