@@ -9,8 +9,10 @@ from scripted_group import (
     FIRST,
     NO_KEYS,
     SECOND,
+    THIRD,
     Scripted,
     link_message,
+    open_accept,
     rid,
 )
 from timetier.cluster.cold.link import RECORDS_AT
@@ -223,3 +225,23 @@ def test_timelines_leave_memory_though_messages_wait_for_what_they_lack() -> Non
     answer = group.call(FIRST, AskVersions([ALICE]))
     assert isinstance(answer, Versions)
     assert all(group.replica(n).state == VOTING for n in range(3))
+
+
+def test_a_timeline_leaves_memory_only_when_its_state_is_on_disk() -> None:
+    """Read back from the engine it would be told to others before the flush."""
+    group = Scripted(21, Settings(timelines_in_memory=1))
+    group.put_many(FIRST, 1, 1)
+    group.run(1)
+    open_accept(group, THIRD, (1, group.replica(SECOND).core.life), b"a")
+    member = group.members[THIRD]
+    for number in range(10):
+        member.sync_at = None  # the disk takes its time
+        group.send(THIRD, AskVersions([key_of(f"owner{number}")]))
+    token = group.send(THIRD, AskVersions([ALICE]))
+    for _ in range(50):
+        member.sync_at = None
+        group.step()
+    assert token not in group.answers
+    group.replica(THIRD).durable(group.now, member.engine.sync())
+    group.pump(THIRD)
+    group.run_until(lambda: token in group.answers)

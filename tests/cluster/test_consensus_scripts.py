@@ -98,6 +98,7 @@ def test_the_own_vote_counts_only_when_it_is_on_disk() -> None:
         group.step()
     for _ in range(20):
         member.sync_at = None
+        group.replica(FIRST).durable(group.now, 0)  # a flush of an earlier batch ends
         group.step()
     assert group.chosen(FIRST) == 1
     assert token not in group.answers
@@ -139,12 +140,14 @@ def test_a_claim_of_round_zero_is_checked_against_the_entry_before(entry: int) -
 
 def test_at_entry_one_the_value_is_on_the_own_disk_before_it_is_sent() -> None:
     group = Scripted(34)
+    group.run(1)
     group.send(FIRST, write_message(ALICE, rid(1), [(1, b"", b"x")]))
     member = group.members[FIRST]
     for _ in range(500):
         member.sync_at = None  # the own disk takes its time; the Accept is sent again meanwhile
         group.step()
     assert all(group.replica(n).core.timeline(ALICE).accepted == NO_BALLOT for n in (SECOND, THIRD))
+    assert [group.chosen(n) for n in range(3)] == [0, 0, 0]
     group.crash(FIRST)
     group.start(FIRST)
     group.run_until(lambda: group.votes(FIRST))
@@ -507,3 +510,45 @@ def test_a_fenced_replica_sends_nothing_more() -> None:
     group.pump(THIRD)
     group.run(1)
     assert not group.held
+
+
+def test_what_a_wipe_hid_stays_hidden_when_only_the_log_tells_that_it_was_chosen() -> None:
+    group = Scripted(41, Settings(mark_delay_s=60))
+    group.put_many(FIRST, 1, 1)
+    for number in range(3):
+        group.replica(number).run_chores = lambda now: False  # type: ignore[method-assign]  # the crash comes first
+    wipe = write_message(ALICE, rid(2), [(1, b"", b"")], kinds=bytes((WIPE,)), seen=1)
+    wipe.keys = [b""]
+    group.call(FIRST, wipe)
+    group.put_many(FIRST, 3, 3)
+    group.run(0.1)
+    for number in range(3):
+        group.members[number].engine.sync()
+        group.crash(number)
+    for number in range(3):
+        group.start(number)
+    group.run_until(lambda: all(group.votes(n) for n in range(3)))
+    for number in range(3):
+        assert item_key(1) not in group.shown(number)
+
+
+def test_a_value_keeps_its_origin_when_someone_else_completes_it() -> None:
+    """Else two lives would have the right to round 0 of the next entry."""
+    group = Scripted(42)
+    group.put_many(FIRST, 1, 1)
+    group.run(1)
+    group.cut = {frozenset((FIRST, THIRD))}
+    group.holds = lambda source, target, _m: (source, target) == (SECOND, FIRST)
+    group.send(FIRST, write_message(ALICE, rid(2), [(2, b"", b"x")], seen=1))
+    group.run_until(lambda: group.replica(SECOND).core.timeline(ALICE).accepted != NO_BALLOT)
+    origin = group.replica(FIRST).core.life
+    group.cut_off(FIRST)
+    group.held.clear()
+    settled = group.call(SECOND, Settle([ALICE], pack_i64([2]), 5000))
+    assert isinstance(settled, Settled)
+    assert unpack_i64(settled.versions) == [2]
+    group.run(0.1)
+    for number in (SECOND, THIRD):
+        timeline = group.replica(number).core.timeline(ALICE)
+        assert timeline.ballot[1] != origin
+        assert timeline.origin == origin
