@@ -137,13 +137,14 @@ class RocksEngine:
         self.commit()
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(high)
-        return self._down(low, high, bounds) if reverse else _up(self._db.iter(bounds), low, bounds)
+        if reverse:
+            return self._down(self._db.items(backwards=True, read_opt=bounds), low, high, bounds)
+        return _up(self._db.iter(bounds), low, bounds)
 
-    def _down(self, low: bytes, high: bytes, bounds: ReadOptions) -> Iterator[tuple[bytes, bytes]]:
-        """Rows from `high` down to `low`."""
+    def _down(self, rows: Any, low: bytes, high: bytes, bounds: ReadOptions) -> Iterator[tuple[bytes, bytes]]:
+        """Rows of an iterator that is open already, from `high` down to `low`."""
         # rocksdict 0.3.29 takes a lower bound for an upper one, so the way down ends here instead of in RocksDB.
         last = high
-        rows: Any = self._db.items(backwards=True, read_opt=bounds)
         for row in rows:
             if row[0] < low:
                 return
