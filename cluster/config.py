@@ -133,6 +133,12 @@ class StorageConfig(_Section):
     engine_write_buffer_mb: StrictInt = Field(
         default=32, ge=1, le=4_096, description="MiB that RocksDB gathers in memory before it writes a sorted file"
     )
+    disk_reserve_mb: StrictInt = Field(
+        default=128,
+        ge=1,
+        le=1 << 30,
+        description="MiB of free disk below which a node takes no writes; RocksDB may hang on a disk that is full",
+    )
     catch_up_interval_s: Seconds = Field(
         default=5.0,
         ge=0.05,

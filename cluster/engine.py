@@ -8,6 +8,7 @@ core knows by the number when an answer that depends on a write may leave.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,6 +27,8 @@ from rocksdict import (
 )
 
 from .errors import Corrupt, Unavailable
+
+logger = logging.getLogger(__name__)
 
 
 class EngineFailed(Unavailable):
@@ -165,9 +168,19 @@ class RocksEngine:
         return sum(self._db.property_int_value(name) or 0 for name in names)
 
     def abandon(self) -> None:
-        """Close without writing what is pending; for an engine that has failed."""
+        """Close without writing what is pending; for an engine that has failed. It can't be used again.
+
+        On a full disk closing fails too, because it flushes. Then the database is only let go of, which frees its
+        lock; what the log holds is read again when it is opened.
+        """
         self._batch = WriteBatch(raw_mode=True)
-        self._db.close()
+        database: Any = self._db
+        del self._db
+        try:
+            database.close()
+        except Exception as error:
+            # As text: the error itself would keep the database alive for as long as the record is kept.
+            logger.warning("an engine that had failed did not close either: %s", str(error))
 
     def close(self) -> None:
         """Flush and close; the folder's lock is free afterwards."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,19 +25,24 @@ from .engine import EngineFailed, RocksEngine
 from .errors import Corrupt, OutcomeUnknown, ProtocolError, TimeTierError, Unavailable
 from .identity import Identity
 from .messages import (
+    Accept,
     AskChosen,
     AskTables,
     AskVersions,
     Check,
     ChosenList,
+    Entries,
     Message,
     PeerBatch,
+    PeerMessage,
     Ping,
     Pong,
+    Prepare,
     ReadItems,
     ReadPages,
     Scan,
     Settle,
+    State,
     Write,
     unpack_i64,
 )
@@ -52,6 +58,7 @@ CHORE_SLICE_S = 0.002
 REOPEN_S = 1.0
 FETCHES_AT_ONCE = 200
 ENGINE_FOLDER = "engine"
+WRITES = (Accept, Prepare, Entries, State)  # what a peer's message may make this replica write
 
 
 def wall_us() -> int:
@@ -112,6 +119,8 @@ class StorageService:
         self._token = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
         self._flushing = False
+        self._reserve_bytes = config.disk_reserve_mb << 20
+        self._disk_is_full = False
         self._pump_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,8 +145,11 @@ class StorageService:
         match message:
             case PeerBatch():
                 if self._replica is not None and self._votes_allowed:
-                    self._guard(lambda replica: replica.peer(self._now(), message.life[0], message))
+                    batch = self._without_writes(message) if self._disk_is_full else message
+                    self._guard(lambda replica: replica.peer(self._now(), message.life[0], batch))
                 return None
+            case Write() | Settle() if self._disk_is_full:
+                raise Unavailable(f"{self.name}: {self._disk_reason()}", retry_after_s=1.0)
             case Write():
                 return await self._wait(message, lambda r, token: r.write(self._now(), token, message))
             case Settle():
@@ -161,6 +173,8 @@ class StorageService:
         state, reason = ("failed", self._failed) if replica is None else (replica.state, replica.reason)
         if replica is not None and not self._votes_allowed:
             state, reason = "joining", "waiting for the Router to note that the data folder is formatted"
+        elif replica is not None and self._disk_is_full:
+            reason = self._disk_reason()
         figures: dict[str, Any] = {
             "state": state,
             "reason": reason,
@@ -399,7 +413,36 @@ class StorageService:
                 except Exception as error:
                     self._break(error)
                 self._plan_pump()
+            self._look_around()
             await asyncio.sleep(CHORE_SLICE_S if more else 0.1)
+
+    def _look_around(self) -> None:
+        """Note how much room the disk has, and the lengths of queues."""
+        try:
+            free_bytes = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            logger.warning("%s can't tell how full its disk is: %s", self.name, error)
+            return
+        self._disk_is_full = free_bytes < self._reserve_bytes
+        self.counters.set("disk_free_bytes", free_bytes)
+        replica = self._replica
+        if replica is not None:
+            self.counters.set("queued_requests", replica.proposer.queued)
+            self.counters.set("queued_bytes", replica.proposer.queued_bytes)
+            self.counters.set("timelines_in_memory", replica.core.in_memory())
+            self.counters.set("chores", replica.chores.pending)
+
+    def _disk_reason(self) -> str:
+        return (
+            f"less than {self._reserve_bytes >> 20} MiB of disk are free (storage.disk_reserve_mb): no writes are "
+            "taken until there is room; reads go on"
+        )
+
+    @staticmethod
+    def _without_writes(batch: PeerBatch) -> PeerBatch:
+        """A peer's batch without what would be written. To a peer that is as if this replica did not answer."""
+        kept: list[PeerMessage] = [message for message in batch.messages if not isinstance(message, WRITES)]
+        return PeerBatch(batch.life, batch.incarnation_seen, batch.boot_seen, kept)
 
     async def _catch_up(self) -> None:
         """Compare with each peer after a start, and now and then: a replica that was away fetches what it missed."""

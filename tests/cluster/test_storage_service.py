@@ -240,3 +240,60 @@ def test_an_error_in_the_middle_of_a_step_ends_the_life_and_nothing_acknowledged
             assert set(await items_of(cluster, FIRST)) == {item_key(1), item_key(3)}
 
     asyncio.run(run())
+
+
+def test_on_a_nearly_full_disk_writes_are_refused_reads_go_on_and_writes_come_back(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            reserves = {number: service._reserve_bytes for number, service in cluster.services.items()}
+            for number in (FIRST, THIRD):  # as if their disks had less room than the reserve
+                cluster.services[number]._reserve_bytes = 1 << 62
+            await wait_for(
+                lambda: all("no writes" in cluster.services[n].status()["reason"] for n in (FIRST, THIRD)),
+                "the nodes to notice",
+            )
+            with pytest.raises(AssertionError, match="disk_reserve_mb"):
+                await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
+            second = asyncio.create_task(cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1))
+            assert await items_of(cluster, FIRST) == {item_key(1): b"x"}
+            assert (await second)[0] != OK, "no majority has room"
+            for number, reserve in reserves.items():
+                cluster.services[number]._reserve_bytes = reserve
+            await wait_for(lambda: not cluster.services[FIRST].status()["reason"], "room to be noticed")
+            await wait_for(lambda: not cluster.services[THIRD].status()["reason"], "room to be noticed")
+            assert (await cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1)) == (OK, 2)
+            assert (await cluster.put(FIRST, ALICE, rid(3), [(item_key(3), b"x")], seen=2)) == (OK, 3)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_does_not_even_close_is_let_go_and_the_next_life_opens_it(tmp_path: Path) -> None:
+    """On a full disk closing fails as well; its lock must not stay."""
+
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            service = cluster.services[FIRST]
+            engine = service._engine
+            assert engine is not None
+
+            class Stuck:
+                """The database, with a `close` that fails."""
+
+                def __init__(self, database: object) -> None:
+                    self.database = database
+
+                def close(self) -> None:
+                    raise OSError("no space left on device")
+
+            engine._db = Stuck(engine._db)  # type: ignore[assignment]
+            service._break(EngineFailed("no space left on device"))
+            del engine
+            await wait_for(lambda: service.status()["state"] == "voting", "the next life")
+            question = ReadPages(1, [ALICE], [b""], pack_u32([1]), 3000)
+            answer = await cluster.client.call(f"storage-0-{FIRST}", question, 5.0)
+            assert isinstance(answer, Pages), answer
+            assert answer.keys == [item_key(1)]
+
+    asyncio.run(run())
