@@ -14,7 +14,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"  # before the imports: parts of the package ask for it
 
-from .cluster.client import AsyncStore, AsyncTable
+from .cluster.client.faces import Store, Table
+from .cluster.client.items import Item, Page, Put
+from .cluster.client.store import AsyncStore, AsyncTable
 from .cluster.errors import (
     ConfigError,
     Corrupt,
@@ -27,8 +29,6 @@ from .cluster.errors import (
     VersionConflict,
     WriteManyError,
 )
-from .cluster.faces import Store, Table
-from .cluster.items import Item, Page, Put
 
 __all__ = [
     "AsyncStore",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from ..cluster.cache_service import CacheService
+from ..cluster.memory.service import CacheService
 from ..cluster.service import Service
 from .shell import NodeActor
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from ..cluster.carriers.base import Carrier
 from ..cluster.carriers.direct import DirectCarrier, host_id
-from ..cluster.client import AsyncStore
+from ..cluster.client.store import AsyncStore
+from ..cluster.client.view import ClientSettings
 from ..cluster.config import Config
 from ..cluster.errors import ConfigError, InvalidRequest
 from ..cluster.topology import Topology
-from ..cluster.view import ClientSettings
 from .ray_session import connect_ray, is_ray_client
 
 _SLACK_S = 5.0  # beyond the time that the Router may wait itself

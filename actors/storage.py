@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cluster.service import Service
-from ..cluster.storage_service import StorageService
+from ..cluster.storage.service import StorageService
 from .shell import NodeActor
 
 

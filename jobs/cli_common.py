@@ -22,7 +22,7 @@ from ..actors.ray_session import DATA_DIR_VARIABLE, connect_ray, default_data_di
 from ..cluster.errors import TimeTierError
 
 if TYPE_CHECKING:
-    from ..cluster.faces import Store
+    from ..cluster.client.faces import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 

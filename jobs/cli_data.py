@@ -9,8 +9,8 @@ from typing import IO, Any
 
 import click
 
-from ..cluster.faces import Table
-from ..cluster.items import Item, Page
+from ..cluster.client.faces import Table
+from ..cluster.client.items import Item, Page
 from ..cluster.keys import MAX_VALUE_BYTES
 from .cli_common import (
     bytes_text,

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..actors.local_ray import start_local_ray, stop_local_ray
+from ..cluster.client.faces import Store, Table
 from ..cluster.errors import InvalidRequest, Unavailable
-from ..cluster.faces import Store, Table
 from .cli_common import keep_stdout_clean, note
 from .load import LoadReport, load_file
 from .rejects import Rejects

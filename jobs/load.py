@@ -24,8 +24,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..cluster.client.items import AddressLike, Item, Put, PutLike
 from ..cluster.errors import InvalidRequest, OutcomeUnknown, Rejected, TimeTierError, Unavailable, WriteManyError
-from ..cluster.items import AddressLike, Item, Put, PutLike
 from ..cluster.keys import MAX_BATCH_BYTES, MAX_BATCH_ITEMS
 from ..cluster.topology import TablePolicy
 from .key_memory import KeyMemory, key_digests, owner_digests, value_digests

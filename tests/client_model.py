@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from timetier.cluster.carriers.memory import MemoryNetwork
-from timetier.cluster.client import AsyncStore
-from timetier.cluster.faces import Store
+from timetier.cluster.client.faces import Store
+from timetier.cluster.client.store import AsyncStore
 from timetier.cluster.messages import (
     CONFLICT,
     DELETE,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+from timetier.cluster.client.view import ClientSettings, View
 from timetier.cluster.cold.block import DecodedBlock, FileBuilder, Rows
 from timetier.cluster.cold.link import Block, Link, decode_link, evict_up_to
 from timetier.cluster.cold.sink_calls import horizon_key, is_record
@@ -51,7 +52,6 @@ from timetier.cluster.messages import (
     unpack_u32,
 )
 from timetier.cluster.topology import TablePolicy, Topology
-from timetier.cluster.view import ClientSettings, View
 
 POLICY = TablePolicy(per_second=1, cold_after=100, window=50)
 TABLE = b"t"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 
 class MemoryEngine:
-    """Implements `timetier.cluster.engine.Engine`. `sync()` gives the last durable batch; `crash()` forgets."""
+    """Implements `timetier.cluster.storage.engine.Engine`. `sync()` gives the last durable batch; `crash()` forgets."""
 
     def __init__(self) -> None:
         self.sequence = 1

@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from ..client_scripts import WriteRequest, write
+from ..client.scripts import WriteRequest, write
+from ..client.view import View
 from ..effects import Call, Script
 from ..errors import TimeTierError
 from ..keys import system_timeline
 from ..messages import PUT, FileFacts, FileInfo, FileList, FileRemove, Files, Pong, unpack_i64, unpack_u32
-from ..view import View
 from .sink_calls import SinkSettings, ask_first, fence_key, read_links, why_not
 
 MAX_CANDIDATES = 1_000  # a run; the next one goes on

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .. import errors
+from ..client.view import View
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, InvalidRequest, ProtocolError, TimeTierError, Unavailable
 from ..keys import item_key, system_timeline
@@ -32,7 +33,6 @@ from ..messages import (
     pack_u32,
     unpack_i64,
 )
-from ..view import View
 from .block import DecodedBlock, decode_block, verify
 from .link import FENCE_KEY, HORIZON_PREFIX, RECORDS_AT, Block, Link, decode_link
 

@@ -25,13 +25,13 @@ from dataclasses import asdict, dataclass, field
 
 import xxhash
 
-from ..client_scripts import WriteRequest, write
+from ..client.scripts import WriteRequest, write
+from ..client.view import View
 from ..effects import Script
 from ..errors import InvalidRequest, ProtocolError, TimeTierError, TooLarge, Unavailable, VersionConflict
 from ..keys import MAX_VALUE_BYTES, system_timeline
 from ..messages import DELETE, PUT, Scan, Scanned
 from ..topology import TablePolicy
-from ..view import View
 from .block import FileBuilder, Rows, checksum
 from .link import Link, decode_link, encode_link
 from .orphans import remove_orphans

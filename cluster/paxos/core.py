@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..counters import Counters
-from ..engine import Engine
 from ..errors import InvalidRequest
 from ..keys import is_placed_right
 from ..messages import NO_BALLOT, NO_LIFE, WIPE, Accept, Ballot, Life, Message, PeerMessage, Prepare, Value
+from ..storage.engine import Engine
 from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
 
 MAX_ENTRY = (1 << 62) - 1  # of entries, rounds and boots: below what the disk's formats hold

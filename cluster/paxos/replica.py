@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..counters import Counters
-from ..engine import Engine
 from ..errors import InvalidRequest, Unavailable
 from ..keys import MAX_ID_BYTES, bucket_of, is_placed_right, is_system
 from ..messages import (
@@ -59,6 +58,7 @@ from ..messages import (
     unpack_i64,
     unpack_u32,
 )
+from ..storage.engine import Engine
 from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores

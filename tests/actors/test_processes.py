@@ -10,11 +10,10 @@ from timetier.actors.processes import family, send, started, wait_for
 
 MARK = "TIMETIER_TEST_FAMILY=7c1e"
 PARENT = """
-import os, subprocess, sys
-waits = [sys.executable, "-c", "print('up', flush=True); input()"]
-reader, _ = os.pipe()
+import subprocess, sys
+waits = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
 for own_session in (False, True):
-    child = subprocess.Popen(waits, stdin=reader, stdout=subprocess.PIPE, start_new_session=own_session)
+    child = subprocess.Popen(waits, stdout=subprocess.PIPE, start_new_session=own_session)
     child.stdout.readline()
     print(child.pid, flush=True)
 input()

@@ -14,11 +14,12 @@ import pytest
 from storage_cluster import BUCKETS as CLUSTER_BUCKETS
 from storage_cluster import StorageCluster, wait_for
 from storage_model import World, key_of, topology
-from timetier.cluster.cache_service import CacheService
 from timetier.cluster.carriers.base import CallError
 from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.errors import InvalidRequest, TooLarge, Unavailable
 from timetier.cluster.keys import item_key, timeline_key
+from timetier.cluster.memory.lanes import SharedBlockReads
+from timetier.cluster.memory.service import CacheService
 from timetier.cluster.messages import (
     INVALID,
     MISPLACED,
@@ -39,7 +40,6 @@ from timetier.cluster.messages import (
     unpack_i64,
     unpack_u32,
 )
-from timetier.cluster.read_lanes import SharedBlockReads
 from timetier.cluster.routing import Routing
 
 T = key_of("alice")

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from client_model import FixedSource, ModelStore, make_topology, until
-from timetier.cluster import items as shapes
-from timetier.cluster.client import AsyncStore, AsyncTable
+from timetier.cluster.client import items as shapes
+from timetier.cluster.client.items import Item, ItemAddress, Put
+from timetier.cluster.client.store import AsyncStore, AsyncTable
+from timetier.cluster.client.view import ClientSettings
 from timetier.cluster.errors import (
     InvalidRequest,
     OutcomeUnknown,
@@ -23,11 +25,9 @@ from timetier.cluster.errors import (
     VersionConflict,
     WriteManyError,
 )
-from timetier.cluster.items import Item, ItemAddress, Put
 from timetier.cluster.keys import timeline_key
 from timetier.cluster.messages import Failure, Message, Pong, ReadItems, ReadPages, Status, Write
 from timetier.cluster.topology import Topology
-from timetier.cluster.view import ClientSettings
 
 FAST = ClientSettings(timeout_s=5.0, attempt_timeout_s=0.2, back_off_s=0.001, back_off_max_s=0.01)
 HASTY = ClientSettings(timeout_s=0.3, attempt_timeout_s=0.1, back_off_s=0.001, back_off_max_s=0.01)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from client_model import make_topology
-from timetier.cluster.client_batch import MAX_MESSAGE_BYTES
-from timetier.cluster.client_scripts import (
+from timetier.cluster.client.batch import MAX_MESSAGE_BYTES
+from timetier.cluster.client.scripts import (
     ItemQuery,
     PageQuery,
     WriteRequest,
@@ -18,6 +18,7 @@ from timetier.cluster.client_scripts import (
     read_pages,
     write,
 )
+from timetier.cluster.client.view import ClientSettings, View
 from timetier.cluster.effects import Call, CallFailed, Script, Sleep
 from timetier.cluster.errors import (
     Corrupt,
@@ -54,7 +55,6 @@ from timetier.cluster.messages import (
     unpack_i64,
     unpack_u32,
 )
-from timetier.cluster.view import ClientSettings, View
 
 ALICE = timeline_key(b"moments", b"alice", 1024)
 Answer = Callable[[Call], Message | CallFailed]

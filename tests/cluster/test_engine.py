@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from memory_engine import MemoryEngine
 from rocksdict import ReadOptions
-from timetier.cluster.engine import EngineFailed, RocksEngine
 from timetier.cluster.errors import Corrupt
+from timetier.cluster.storage.engine import EngineFailed, RocksEngine
 
 
 def engine_in(folder: Path, *, create: bool = True) -> RocksEngine:

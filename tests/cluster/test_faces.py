@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import timetier
 from client_model import open_store
-from timetier.cluster import faces
-from timetier.cluster.client import AsyncStore, AsyncTable
+from timetier.cluster.client import faces
+from timetier.cluster.client.faces import LoopThread, Store, Table
+from timetier.cluster.client.store import AsyncStore, AsyncTable
 from timetier.cluster.errors import InvalidRequest, OutcomeUnknown, Unavailable, VersionConflict
-from timetier.cluster.faces import LoopThread, Store, Table
 from timetier.cluster.messages import Message, ReadItems
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from client_model import until
+from timetier.cluster.client.lanes import Lane, LaneLimits, Lanes
 from timetier.cluster.errors import InvalidRequest, TimeTierError, Unavailable
-from timetier.cluster.lanes import Lane, LaneLimits, Lanes
 
 
 class Flights:

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 
 from timetier.cluster.keys import MIN_TIMESTAMP, item_key
-from timetier.cluster.page_cache import BlockCache, PageCache
-from timetier.cluster.pages import Page, Rows
+from timetier.cluster.memory.page_cache import BlockCache, PageCache
+from timetier.cluster.memory.pages import Page, Rows
 
 
 def page(version: int = 1, items: int = 10, high: bytes = b"") -> Page:

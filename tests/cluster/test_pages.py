@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from timetier.cluster.keys import MIN_TIMESTAMP, item_key, timestamp_floor
+from timetier.cluster.memory.pages import Page, Rows, merge
 from timetier.cluster.messages import DELETE, PUT, WIPE
-from timetier.cluster.pages import Page, Rows, merge
 
 ALL_BYTES = 1 << 40
 

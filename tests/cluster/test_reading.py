@@ -11,6 +11,10 @@ from storage_model import DEAD, PAUSED, UP, WINDOW, World, key_of, topology
 from timetier.cluster.cold.block import DecodedBlock
 from timetier.cluster.errors import Corrupt, Unavailable
 from timetier.cluster.keys import item_key, split_item_key
+from timetier.cluster.memory.page_cache import BlockCache, PageCache
+from timetier.cluster.memory.reading import Reader
+from timetier.cluster.memory.requests import ItemAnswer, PageAnswer, Read
+from timetier.cluster.memory.steps import Job, ReaderSettings, Step
 from timetier.cluster.messages import (
     DELETE,
     PUT,
@@ -23,10 +27,6 @@ from timetier.cluster.messages import (
     Settle,
     unpack_u32,
 )
-from timetier.cluster.page_cache import BlockCache, PageCache
-from timetier.cluster.read_requests import ItemAnswer, PageAnswer, Read
-from timetier.cluster.read_steps import Job, ReaderSettings, Step
-from timetier.cluster.reading import Reader
 from timetier.cluster.routing import Routing
 
 T = key_of("alice")

@@ -7,7 +7,8 @@ from pathlib import Path
 from random import Random
 
 from storage_cluster import POLICY, StorageCluster, wait_for
-from timetier.cluster.client_scripts import PageQuery, PageResult, WriteRequest, read_pages, write
+from timetier.cluster.client.scripts import PageQuery, PageResult, WriteRequest, read_pages, write
+from timetier.cluster.client.view import View
 from timetier.cluster.cold.service import ColdService
 from timetier.cluster.cold.sink_calls import SinkSettings, read_links
 from timetier.cluster.cold.sink_script import SinkReport, TableSink, sink
@@ -16,7 +17,6 @@ from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import item_key, timeline_key
 from timetier.cluster.messages import DELETE, PUT
-from timetier.cluster.view import View
 
 OWNERS = [b"owner-%d" % number for number in range(12)]
 EACH = 25

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from storage_cluster import BUCKETS, StorageCluster, wait_for
 from timetier.cluster.cold.link import FENCE_KEY
-from timetier.cluster.engine import EngineFailed
 from timetier.cluster.errors import Corrupt
 from timetier.cluster.identity import Refused
 from timetier.cluster.keys import item_key, priority, system_timeline, timeline_key
@@ -38,6 +37,7 @@ from timetier.cluster.messages import (
     pack_u32,
     unpack_i64,
 )
+from timetier.cluster.storage.engine import EngineFailed
 
 ALICE = timeline_key(b"t", b"alice", BUCKETS)
 FIRST, SECOND, THIRD = priority(ALICE, 3)

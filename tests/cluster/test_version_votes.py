@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from timetier.cluster.memory.votes import OPEN, PROVEN, SHORT, Votes
 from timetier.cluster.messages import Ballot
-from timetier.cluster.version_votes import OPEN, PROVEN, SHORT, Votes
 
 A: Ballot = (0, (0, 1, 1))
 B: Ballot = (1, (1, 1, 1))

@@ -16,8 +16,8 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from timetier.cluster.client.items import AddressLike, Item, PutLike
 from timetier.cluster.errors import InvalidRequest, OutcomeUnknown, TooLarge, Unavailable, WriteManyError
-from timetier.cluster.items import AddressLike, Item, PutLike
 from timetier.cluster.topology import TablePolicy
 from timetier.jobs import load as load_module
 from timetier.jobs.load import LoadReport, load_file

@@ -1,6 +1,6 @@
 """What a client does with a batch of requests, as scripts (see `effects.py`). *Pure*.
 
-All three kinds of batch share the loop of `client_batch.py`. The rules for one request:
+All three kinds of batch share the loop of `batch.py`. The rules for one request:
 
 | answer | read | write |
 |---|---|---|
@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from .client_batch import Batch, describe
-from .effects import Call, CallFailed, Script
-from .errors import Corrupt, InvalidRequest, OutcomeUnknown, TimeTierError, Unavailable, VersionConflict
-from .messages import (
+from ..effects import Call, CallFailed, Script
+from ..errors import Corrupt, InvalidRequest, OutcomeUnknown, TimeTierError, Unavailable, VersionConflict
+from ..messages import (
     CONFLICT,
     CORRUPT,
     INVALID,
@@ -49,6 +48,7 @@ from .messages import (
     unpack_i64,
     unpack_u32,
 )
+from .batch import Batch, describe
 from .view import ClientSettings, View
 
 __all__ = [

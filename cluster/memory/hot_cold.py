@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cold.block import DecodedBlock
-from .keys import timestamp_floor
-from .messages import PUT, LinkRef
+from ..cold.block import DecodedBlock
+from ..keys import timestamp_floor
+from ..messages import PUT, LinkRef
 from .pages import Page, Rows, merge
 
 _CHUNK_ITEMS = 64  # rows taken from a block beyond what is missing, because some may be hidden

@@ -1,4 +1,4 @@
-"""The loop that all batches of a client share; `client_scripts.py` has the kinds of batch and their rules. *Pure*.
+"""The loop that all batches of a client share; `scripts.py` has the kinds of batch and their rules. *Pure*.
 
 Round by round, each pending request picks a node, requests that picked the same node travel in one message (split
 below the limits of a message), all messages of a round fly in parallel, and what was not settled goes into the next
@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from . import errors
-from .effects import Call, CallFailed, Script, Sleep
-from .errors import Rejected, TimeTierError, TooLarge, Unavailable
-from .keys import MAX_BATCH_ITEMS, is_system, split_timeline
-from .messages import MISPLACED, STALE, UNAVAILABLE, Failure, Message
+from .. import errors
+from ..effects import Call, CallFailed, Script, Sleep
+from ..errors import Rejected, TimeTierError, TooLarge, Unavailable
+from ..keys import MAX_BATCH_ITEMS, is_system, split_timeline
+from ..messages import MISPLACED, STALE, UNAVAILABLE, Failure, Message
 from .view import View
 
 MAX_MESSAGE_BYTES = 8 << 20  # a message with more than one request stays below this

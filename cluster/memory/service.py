@@ -17,14 +17,14 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from .carriers.base import Carrier
-from .cold.block import DecodedBlock
-from .counters import Counters
-from .drive import drive
-from .effects import Script
-from .errors import Corrupt, InvalidRequest, TimeTierError, TooLarge, Unavailable
-from .keys import MAX_BATCH_ITEMS
-from .messages import (
+from ..carriers.base import Carrier
+from ..cold.block import DecodedBlock
+from ..counters import Counters
+from ..drive import drive
+from ..effects import Script
+from ..errors import Corrupt, InvalidRequest, TimeTierError, TooLarge, Unavailable
+from ..keys import MAX_BATCH_ITEMS
+from ..messages import (
     CORRUPT,
     INVALID,
     MISPLACED,
@@ -43,13 +43,13 @@ from .messages import (
     pack_u32,
     unpack_u32,
 )
+from ..routing import Routing
+from ..topology import Topology
+from .lanes import ReadLane, SharedBlockReads
 from .page_cache import BlockCache, PageCache
-from .read_lanes import ReadLane, SharedBlockReads
-from .read_requests import ItemAnswer, PageAnswer, Read
-from .read_steps import Job, ReaderSettings, Step
 from .reading import Reader
-from .routing import Routing
-from .topology import Topology
+from .requests import ItemAnswer, PageAnswer, Read
+from .steps import Job, ReaderSettings, Step
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ of its own finds that out, so that no request waits for it.
 
 from __future__ import annotations
 
-from .messages import Message
+from ..messages import Message
 
 
 class Suspicion:

@@ -1,7 +1,7 @@
 """Strong reads through the memory tier (*pure*, scripts of `effects.py`).
 
 A batch of reads costs one parallel round trip. The first replica of each timeline that is not suspected gets a
-`Check` ("I have version v"), as many next ones as make a majority get `AskVersions`. Then `version_votes` tells what
+`Check` ("I have version v"), as many next ones as make a majority get `AskVersions`. Then `votes` tells what
 the version is; data as of it or later, from a replica that has applied it, answers the reads:
 
     round -> version proven, data as of it -> answer, keep the page
@@ -20,15 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from .answering import Answering
-from .block_reads import BlockReader
-from .cold.block import DecodedBlock
-from .counters import Counters
-from .effects import Call, CallFailed, Script, Sleep
-from .errors import Corrupt, ProtocolError, Unavailable
-from .hot_cold import StartOver
-from .keys import bucket_of
-from .messages import (
+from ..cold.block import DecodedBlock
+from ..counters import Counters
+from ..effects import Call, CallFailed, Script, Sleep
+from ..errors import Corrupt, ProtocolError, Unavailable
+from ..keys import bucket_of
+from ..messages import (
     OK,
     AskVersions,
     Checked,
@@ -40,13 +37,16 @@ from .messages import (
     pack_i64,
     unpack_i64,
 )
+from ..routing import Routing
+from .answering import Answering
+from .block_reads import BlockReader
+from .hot_cold import StartOver
 from .page_cache import BlockCache, PageCache
 from .pages import Page
-from .read_requests import Outgoing, Read, Slot, take_checked, take_versions
-from .read_steps import Job, ReaderSettings, ReadScript, Step
-from .routing import Routing
+from .requests import Outgoing, Read, Slot, take_checked, take_versions
+from .steps import Job, ReaderSettings, ReadScript, Step
 from .suspicion import Suspicion
-from .version_votes import PROVEN, SHORT, Verdict
+from .votes import PROVEN, SHORT, Verdict
 
 _MAX_BLOCKS_HELD = 16  # decoded blocks that one script gathers at a time
 

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .client_scripts import ItemQuery, ItemResult, PageQuery, PageResult, WriteRequest
-from .errors import InvalidRequest, Rejected, TooLarge
-from .keys import (
+from ..errors import InvalidRequest, Rejected, TooLarge
+from ..keys import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ITEMS,
     MAX_TABLE_BYTES,
@@ -33,7 +32,8 @@ from .keys import (
     timeline_key,
     timestamp_floor,
 )
-from .messages import DELETE, PUT, WIPE
+from ..messages import DELETE, PUT, WIPE
+from .scripts import ItemQuery, ItemResult, PageQuery, PageResult, WriteRequest
 
 T = TypeVar("T")
 

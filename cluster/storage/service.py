@@ -17,14 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .cache_service import CacheService
-from .carriers.base import CallError, Carrier
-from .config import StorageConfig
-from .counters import Counters
-from .engine import EngineFailed, RocksEngine
-from .errors import Corrupt, OutcomeUnknown, ProtocolError, TimeTierError, Unavailable
-from .identity import Identity
-from .messages import (
+from ..carriers.base import CallError, Carrier
+from ..config import StorageConfig
+from ..counters import Counters
+from ..errors import Corrupt, OutcomeUnknown, ProtocolError, TimeTierError, Unavailable
+from ..identity import Identity
+from ..memory.service import CacheService
+from ..messages import (
     Accept,
     AskChosen,
     AskTables,
@@ -46,11 +45,12 @@ from .messages import (
     Write,
     unpack_i64,
 )
-from .paxos.core import Settings
-from .paxos.replica import VOTING, Replica
-from .paxos.rows import IDENTITY_KEY
-from .routing import Routing
-from .topology import Topology
+from ..paxos.core import Settings
+from ..paxos.replica import VOTING, Replica
+from ..paxos.rows import IDENTITY_KEY
+from ..routing import Routing
+from ..topology import Topology
+from .engine import EngineFailed, RocksEngine
 
 logger = logging.getLogger(__name__)
 

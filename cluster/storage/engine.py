@@ -26,7 +26,7 @@ from rocksdict import (
     WriteOptions,
 )
 
-from .errors import Corrupt, Unavailable
+from ..errors import Corrupt, Unavailable
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .cold.block import DecodedBlock
+from ..cold.block import DecodedBlock
+from ..keys import split_timeline, timestamp_floor
+from ..messages import DELTA, POINT, PUT, RANGE, LinkRef
 from .hot_cold import HotRange
-from .keys import split_timeline, timestamp_floor
-from .messages import DELTA, POINT, PUT, RANGE, LinkRef
 from .pages import Page
-from .read_requests import ItemAnswer, PageAnswer, Read, Row, RowAnswer, Slot
+from .requests import ItemAnswer, PageAnswer, Read, Row, RowAnswer, Slot
 
 
 class Answering:

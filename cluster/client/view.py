@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from .routing import Routing
-from .topology import Topology
+from ..routing import Routing
+from ..topology import Topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .effects import Script
-from .read_requests import Read
+from ..effects import Script
+from .requests import Read
 
 
 @dataclass(frozen=True, slots=True)

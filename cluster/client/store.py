@@ -1,6 +1,6 @@
 """The client for asyncio: `AsyncStore` and its tables.
 
-A call checks its arguments (`items.py`), waits for its lane (`lanes.py`), flies in a batch (`client_scripts.py`),
+A call checks its arguments (`items.py`), waits for its lane (`lanes.py`), flies in a batch (`scripts.py`),
 and is turned back into items. The synchronous face in `faces.py` runs exactly this on a thread of its own.
 """
 
@@ -13,9 +13,17 @@ from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from ..carriers.base import Carrier
+from ..drive import drive
+from ..effects import CallFailed
+from ..errors import InvalidRequest, TimeTierError, WriteManyError
+from ..messages import Failure, Message, Status
+from ..topology import TablePolicy, Topology
 from . import items as shapes
-from .carriers.base import Carrier
-from .client_scripts import (
+from .following import Follower, TopologySource
+from .items import AddressLike, Item, ManyWrites, Page, PutLike
+from .lanes import LaneLimits, Lanes
+from .scripts import (
     ItemQuery,
     ItemResult,
     PageQuery,
@@ -26,14 +34,6 @@ from .client_scripts import (
     read_pages,
     write,
 )
-from .drive import drive
-from .effects import CallFailed
-from .errors import InvalidRequest, TimeTierError, WriteManyError
-from .following import Follower, TopologySource
-from .items import AddressLike, Item, ManyWrites, Page, PutLike
-from .lanes import LaneLimits, Lanes
-from .messages import Failure, Message, Status
-from .topology import TablePolicy, Topology
 from .view import ClientSettings, View
 
 R = TypeVar("R")

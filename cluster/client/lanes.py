@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .errors import InvalidRequest, TimeTierError, Unavailable
+from ..errors import InvalidRequest, TimeTierError, Unavailable
 
 Q = TypeVar("Q")
 R = TypeVar("R")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import ProtocolError, TimeTierError
-from .messages import (
+from ..errors import ProtocolError, TimeTierError
+from ..messages import (
     DELTA,
     POINT,
     RANGE,
@@ -24,7 +24,7 @@ from .messages import (
     unpack_u32,
 )
 from .pages import Page, PageSlice, Rows
-from .version_votes import Votes
+from .votes import Votes
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .keys import MIN_TIMESTAMP, timestamp_floor
-from .messages import DELETE, PUT, WIPE
+from ..keys import MIN_TIMESTAMP, timestamp_floor
+from ..messages import DELETE, PUT, WIPE
 
 _BYTES_HEADER = 40  # of a bytes object: 33, and on average 7 to the next multiple of 16
 _ITEM_OVERHEAD_BYTES = 2 * _BYTES_HEADER + 4 * 8  # two bytes objects, four column slots

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .messages import Ballot
+from ..messages import Ballot
 
 SHORT = 0  # fewer answers than a majority
 OPEN = 1  # a majority answered, but nobody can tell whether entry `version` was chosen

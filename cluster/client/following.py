@@ -7,9 +7,9 @@ import contextlib
 import logging
 from typing import Protocol
 
-from .carriers.base import Carrier
-from .errors import TimeTierError
-from .topology import Topology
+from ..carriers.base import Carrier
+from ..errors import TimeTierError
+from ..topology import Topology
 from .view import View
 
 POLL_S = 30.0

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import google_crc32c
 
-from .cold.block import DecodedBlock, decode_block
-from .counters import Counters
-from .effects import Call, CallFailed, Script, Sleep
-from .errors import Corrupt, Unavailable
+from ..cold.block import DecodedBlock, decode_block
+from ..counters import Counters
+from ..effects import Call, CallFailed, Script, Sleep
+from ..errors import Corrupt, Unavailable
+from ..messages import BlockBytes, BlockRead, Failure, LinkRef, Message, Ping
+from ..routing import Routing
 from .hot_cold import StartOver
-from .messages import BlockBytes, BlockRead, Failure, LinkRef, Message, Ping
 from .page_cache import BlockCache
-from .routing import Routing
 from .suspicion import Suspicion
 
 MAX_PARALLEL_BLOCKS = 4

@@ -15,10 +15,10 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from .client import AsyncStore, AsyncTable
-from .errors import InvalidRequest, OutcomeUnknown, TimeTierError
+from ..errors import InvalidRequest, OutcomeUnknown, TimeTierError
+from ..topology import TablePolicy
 from .items import AddressLike, Item, Page, PutLike
-from .topology import TablePolicy
+from .store import AsyncStore, AsyncTable
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -6,9 +6,9 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from .carriers.base import Address, CallError, Carrier
-from .messages import BlockRead, Message
-from .read_requests import Read
+from ..carriers.base import Address, CallError, Carrier
+from ..messages import BlockRead, Message
+from .requests import Read
 
 _MAX_LOOKED_AT = 4  # batches' worth of queued reads that are looked at for one batch
 

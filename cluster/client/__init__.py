@@ -1,0 +1,1 @@
+"""The client without Ray: what applications call, and how requests find their way."""

@@ -1,0 +1,1 @@
+"""The memory tier: strongly consistent pages, and the strong read behind them."""
