@@ -15,6 +15,9 @@ from .local_ray import find_local_ray, use_local_ray
 DATA_DIR_VARIABLE = "TIMETIER_DATA"
 
 _KNOCK_S = 10.0
+_ATTEMPTS = 3  # to open a session of Ray Client
+
+logger = logging.getLogger(__name__)
 
 
 def default_data_dir() -> Path:
@@ -50,11 +53,24 @@ def connect_ray(address: str | None = None, *, data_dir: Path | None = None) -> 
 
     where = address or os.environ["RAY_ADDRESS"]
     _knock(where)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()
-        raise Unavailable(f"can't connect to Ray at {where}: {reason[0] if reason else type(error).__name__}") from None
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except ConnectionAbortedError as error:
+            # Ray Client starts a server for each session, which now and then does not come up; another one may.
+            if attempt == _ATTEMPTS:
+                raise _cannot_connect(where, error) from None
+            logger.warning("%s", _cannot_connect(where, error))
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise _cannot_connect(where, error) from None
+
+
+def _cannot_connect(where: str, error: Exception) -> Unavailable:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Ray Client puts a traceback of the server behind its first line; the last one says what it was.
+    reason = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return Unavailable(f"can't connect to Ray at {where}: {reason}")
 
 
 def _knock(address: str) -> None:

@@ -116,7 +116,7 @@ def test_a_ray_client_needs_no_open_ports(cluster: None, local_ray: LocalRay) ->
         "    print(table.get('outside', 5).value.decode())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, local_ray.client_address, NAMESPACE], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, local_ray.client_address, NAMESPACE], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "hello\n"

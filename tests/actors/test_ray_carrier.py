@@ -159,6 +159,7 @@ def test_a_missing_actor_is_surely_not_reached_and_sends_to_it_are_bounded(ray_s
 BEHIND_RAY_CLIENT = """
 import asyncio, sys
 import ray
+from timetier.actors.ray_session import connect_ray
 from timetier.actors.ray_carrier import RayCarrier
 from timetier.cluster.carriers.base import CallError
 from timetier.cluster.messages import BlockBytes, FileList, FileRemove
@@ -184,7 +185,7 @@ async def main():
         assert error.sent, error
     await carrier.close()
 
-ray.init(sys.argv[1], log_to_driver=False)
+connect_ray(sys.argv[1])
 asyncio.run(asyncio.wait_for(main(), 90))
 ray.shutdown()
 print("done")
@@ -195,6 +196,6 @@ def test_the_same_holds_behind_a_ray_client(ray_session: None, local_ray: LocalR
     actor = start_node(namespace, "cache-0-0")
     ray.get(actor.call.remote(encode(Ping())))
     client = [sys.executable, "-c", BEHIND_RAY_CLIENT, local_ray.client_address, namespace]
-    ran = subprocess.run(client, capture_output=True, text=True, timeout=150, check=False)
+    ran = subprocess.run(client, capture_output=True, text=True, timeout=250, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.split()[-1] == "done"
