@@ -71,6 +71,7 @@ class RocksEngine:
     def __init__(self, folder: Path, *, create: bool, cache_mb: int, write_buffer_mb: int) -> None:
         if not create and not (folder / "CURRENT").exists():
             raise Corrupt(f"{folder} holds no database, but this replica has been formatted before")
+        self.folder = folder
         options = Options(raw_mode=True)
         options.create_if_missing(create)
         options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())

@@ -226,23 +226,22 @@ class StorageService:
             engine.put(IDENTITY_KEY, self._identity_row())
             engine.commit()
             engine.sync()
-        except TimeTierError:
-            engine.close()
+            replica = Replica(
+                replica=self.number,
+                replicas=self._routing.topology.storage_replicas,
+                life=(self.number, identity.incarnation, identity.boot),
+                buckets=self._routing.topology.buckets,
+                owned=self._routing.buckets_of_storage_group(self.group).tolist(),
+                engine=engine,
+                settings=self._settings,
+                rng=self._random,
+                wall_us=wall_us,
+                counters=self.counters,
+            )
+        except Exception:
+            engine.abandon()  # else its lock would keep every later life out
             raise
-        self._engine = engine
-        self._replica = Replica(
-            replica=self.number,
-            replicas=self._routing.topology.storage_replicas,
-            life=(self.number, identity.incarnation, identity.boot),
-            buckets=self._routing.topology.buckets,
-            owned=self._routing.buckets_of_storage_group(self.group).tolist(),
-            engine=engine,
-            settings=self._settings,
-            rng=self._random,
-            wall_us=wall_us,
-            counters=self.counters,
-        )
-        self._failed = ""
+        self._engine, self._replica, self._failed = engine, replica, ""
 
     def _identity_row(self) -> bytes:
         return f"{self._identity.cluster_id} {self._identity.node} {self._identity.incarnation}".encode()
@@ -275,8 +274,10 @@ class StorageService:
             try:
                 await asyncio.to_thread(self._identity.begin_life)
                 self._open()
-            except (TimeTierError, OSError) as error:
+            except Exception as error:
+                # Whatever it was, it may pass, and a node that gave up would need somebody to notice.
                 self._failed = str(error)
+                logger.warning("%s can't begin its next life: %s", self.name, self._failed)
         self._plan_pump()
 
     # ------------------------------------------------------------ steps

@@ -37,7 +37,7 @@ from timetier.cluster.messages import (
     pack_u32,
     unpack_i64,
 )
-from timetier.cluster.storage.engine import EngineFailed
+from timetier.cluster.storage.engine import EngineFailed, RocksEngine
 
 ALICE = timeline_key(b"t", b"alice", BUCKETS)
 FIRST, SECOND, THIRD = priority(ALICE, 3)
@@ -295,5 +295,35 @@ def test_an_engine_that_does_not_even_close_is_let_go_and_the_next_life_opens_it
             answer = await cluster.client.call(f"storage-0-{FIRST}", question, 5.0)
             assert isinstance(answer, Pages), answer
             assert answer.keys == [item_key(1)]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("step", ["sync", "scan"])
+def test_a_life_that_fails_to_begin_keeps_no_later_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The disk fails once more while the engine is opened again, before or within the replica's own beginning."""
+
+    async def run() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
+            service = cluster.services[FIRST]
+            real = getattr(RocksEngine, step)
+            failures = 0
+
+            def fail_twice(engine: RocksEngine, *arguments: object, **more: object) -> object:
+                nonlocal failures
+                if service.status()["state"] == "failed" and failures < 2 and service.name in str(engine.folder):
+                    failures += 1
+                    raise EngineFailed("no space left on device")
+                return real(engine, *arguments, **more)
+
+            monkeypatch.setattr(RocksEngine, step, fail_twice)
+            service._break(EngineFailed("no space left on device"))
+            await wait_for(lambda: service.status()["state"] == "voting", "a life that begins")
+            assert failures == 2
+            assert service.status()["boot"] == 4
+            assert (await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1))[0] == OK
 
     asyncio.run(run())
