@@ -242,9 +242,10 @@ class Lanes(Generic[Q, R]):
 
     def figures(self) -> dict[str, int]:
         """Requests that wait, and batches in flight, over all groups."""
+        lanes = list(self._lanes.values())  # in one step: other threads may ask too
         return {
-            "queued_items": sum(lane.queued_items for lane in self._lanes.values()),
-            "batches_in_flight": sum(lane.flying for lane in self._lanes.values()),
+            "queued_items": sum(lane.queued_items for lane in lanes),
+            "batches_in_flight": sum(lane.flying for lane in lanes),
         }
 
     async def close(self, grace_s: float = 1.0) -> None:
