@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from ..carriers.base import Carrier
@@ -105,10 +105,11 @@ class CacheService:
         counters: Counters | None = None,
         seed: int = 0,
         settings: ReaderSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`budget_bytes`: memory for pages; 0 keeps none. `max_queued_requests`: reads in this node at a time, beyond
         which it refuses with `Unavailable`. `settings` overrides all other times and limits; `page_items` goes into
-        them when they are not given. Raises InvalidRequest.
+        them when they are not given. `clock`: monotonic seconds. Raises InvalidRequest.
         """
         for argument, value in (("budget_bytes", budget_bytes), ("block_cache_bytes", block_cache_bytes)):
             if value < 0:
@@ -121,6 +122,7 @@ class CacheService:
         self.name = name
         self.group = group
         self.counters = counters or Counters()
+        self._clock = clock
         self._topology = topology
         self._routing = Routing(topology)
         self._carrier = SharedBlockReads(carrier)
@@ -130,7 +132,7 @@ class CacheService:
             self._routing,
             self._cache,
             self._blocks,
-            clock=time.monotonic,
+            clock=clock,
             random=random.Random(seed),
             settings=settings or ReaderSettings(page_items=page_items),
             counters=self.counters,
@@ -269,9 +271,8 @@ class CacheService:
                 outcomes[index] = MISPLACED
         return outcomes
 
-    @staticmethod
-    def _deadline(timeout_ms: int) -> float:
-        return time.monotonic() + min(max(timeout_ms, 1) / 1000, MAX_TIMEOUT_S)
+    def _deadline(self, timeout_ms: int) -> float:
+        return self._clock() + min(max(timeout_ms, 1) / 1000, MAX_TIMEOUT_S)
 
     async def _answer_all(self, given: list[Read | None], deadline: float) -> None:
         """Have the reads answered, as far as that is possible before the deadline."""
@@ -301,7 +302,7 @@ class CacheService:
         if fill:
             self._fill.put(fill)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with asyncio.timeout(deadline - self._clock()):
                 await ticket.future
         except TimeoutError:
             self.counters.add("timeouts", ticket.left)

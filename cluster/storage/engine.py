@@ -61,6 +61,22 @@ class Engine(Protocol):
         """Rows with low <= key < high, as of this moment. Commits what is pending first."""
 
 
+class DurableEngine(Engine, Protocol):
+    """An engine on a disk."""
+
+    def sync(self) -> None:
+        """Make all committed batches durable. May run in another thread than the other methods."""
+
+    def size_bytes(self) -> int:
+        """Bytes of live rows, as far as the engine knows."""
+
+    def abandon(self) -> None:
+        """Close without writing what is pending; for an engine that has failed."""
+
+    def close(self) -> None:
+        """Make all durable and close."""
+
+
 class RocksEngine:
     """RocksDB in one folder.
 

@@ -50,7 +50,7 @@ from ..paxos.replica import VOTING, Replica
 from ..paxos.rows import IDENTITY_KEY
 from ..routing import Routing
 from ..topology import Topology
-from .engine import EngineFailed, RocksEngine
+from .engine import DurableEngine, EngineFailed, RocksEngine
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,18 @@ ENGINE_FOLDER = "engine"
 WRITES = (Accept, Prepare, Entries, State)  # what a peer's message may make this replica write
 
 
+OpenEngine = Callable[[Path, bool], DurableEngine]
+"""Opens the engine in a folder; True to create it. Raises Corrupt when it is damaged or missing."""
+
+
 def wall_us() -> int:
     """Microseconds since 1970."""
     return time.time_ns() // 1000
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder. Raises OSError."""
+    return shutil.disk_usage(folder).free
 
 
 class StorageService:
@@ -86,7 +95,14 @@ class StorageService:
         config: StorageConfig,
         counters: Counters,
         seed: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_us: Callable[[], int] = wall_us,
+        open_engine: OpenEngine | None = None,
+        free_bytes: Callable[[Path], int] = free_bytes,
     ) -> None:
+        """`clock`: monotonic seconds. `wall_us`: microseconds since 1970. `open_engine`: opens the engine of a folder;
+        None for RocksDB as `config` says. `free_bytes`: room on the disk of a folder; may raise OSError.
+        """
         self.name = name
         self.group = group
         self.number = replica
@@ -97,6 +113,10 @@ class StorageService:
         self._config = config
         self._routing = Routing(topology)
         self._random = random.Random(seed)
+        self._now = clock
+        self._wall_us = wall_us
+        self._open_engine = open_engine or self._open_rocks
+        self._free_bytes = free_bytes
         self._settings = settings_of(config)
         self._reader = CacheService(
             name,
@@ -109,8 +129,9 @@ class StorageService:
             max_queued_requests=10_000,
             counters=Counters(),
             seed=self._random.getrandbits(32),
+            clock=clock,
         )
-        self._engine: RocksEngine | None = None
+        self._engine: DurableEngine | None = None
         self._replica: Replica | None = None
         self._failed = "not started"
         self._votes_allowed = False
@@ -215,12 +236,7 @@ class StorageService:
     def _open(self) -> None:
         """Open the engine and begin a life."""
         identity = self._identity
-        engine = RocksEngine(
-            self._folder,
-            create=not identity.formatted,
-            cache_mb=self._config.engine_cache_mb,
-            write_buffer_mb=self._config.engine_write_buffer_mb,
-        )
+        engine = self._open_engine(self._folder, not identity.formatted)
         try:
             self._check_identity(engine)
             engine.put(IDENTITY_KEY, self._identity_row())
@@ -235,7 +251,7 @@ class StorageService:
                 engine=engine,
                 settings=self._settings,
                 rng=self._random,
-                wall_us=wall_us,
+                wall_us=self._wall_us,
                 counters=self.counters,
             )
         except Exception:
@@ -243,10 +259,18 @@ class StorageService:
             raise
         self._engine, self._replica, self._failed = engine, replica, ""
 
+    def _open_rocks(self, folder: Path, create: bool) -> DurableEngine:
+        return RocksEngine(
+            folder,
+            create=create,
+            cache_mb=self._config.engine_cache_mb,
+            write_buffer_mb=self._config.engine_write_buffer_mb,
+        )
+
     def _identity_row(self) -> bytes:
         return f"{self._identity.cluster_id} {self._identity.node} {self._identity.incarnation}".encode()
 
-    def _check_identity(self, engine: RocksEngine) -> None:
+    def _check_identity(self, engine: DurableEngine) -> None:
         found = engine.get(IDENTITY_KEY)
         if found is None and self._identity.formatted:
             raise Corrupt(f"{self._folder} holds an empty database, but {self.name} has been formatted before")
@@ -265,7 +289,7 @@ class StorageService:
         engine, self._engine = self._engine, None
         self._keep(self._reopen(engine))
 
-    async def _reopen(self, failed: RocksEngine | None) -> None:
+    async def _reopen(self, failed: DurableEngine | None) -> None:
         if failed is not None:
             # In the flusher's thread, so that a flush under way ends before the engine closes.
             await asyncio.get_running_loop().run_in_executor(self._flusher, failed.abandon)
@@ -281,10 +305,6 @@ class StorageService:
         self._plan_pump()
 
     # ------------------------------------------------------------ steps
-
-    @staticmethod
-    def _now() -> float:
-        return time.monotonic()
 
     def _require_replica(self) -> Replica:
         if self._replica is None:
@@ -360,15 +380,15 @@ class StorageService:
         for peer, batch in output.peers:
             self._carrier.send(self._routing.topology.storage_node(self.group, peer), batch)
 
-    async def _flush(self, replica: Replica, engine: RocksEngine) -> None:
+    async def _flush(self, replica: Replica, engine: DurableEngine) -> None:
         loop = asyncio.get_running_loop()
         try:
             while self._replica is replica and replica.waits_for_disk:
                 batch = engine.commit()
-                began = time.perf_counter()
+                began = self._now()
                 await loop.run_in_executor(self._flusher, engine.sync)
                 self.counters.add("fsyncs")
-                self.counters.add("fsync_us", int((time.perf_counter() - began) * 1e6))
+                self.counters.add("fsync_us", int((self._now() - began) * 1e6))
                 if self._replica is replica:
                     replica.durable(self._now(), batch)
                     self._send(replica, self._now())
@@ -420,7 +440,7 @@ class StorageService:
     def _look_around(self) -> None:
         """Note how much room the disk has, and the lengths of queues."""
         try:
-            free_bytes = shutil.disk_usage(self._folder).free
+            free_bytes = self._free_bytes(self._folder)
         except OSError as error:
             logger.warning("%s can't tell how full its disk is: %s", self.name, error)
             return

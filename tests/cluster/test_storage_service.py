@@ -276,7 +276,7 @@ def test_an_engine_that_does_not_even_close_is_let_go_and_the_next_life_opens_it
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
             service = cluster.services[FIRST]
             engine = service._engine
-            assert engine is not None
+            assert isinstance(engine, RocksEngine)
 
             class Stuck:
                 """The database, with a `close` that fails."""
