@@ -25,6 +25,7 @@ class CacheNode(NodeActor):
             page_items=cache.page_items,
             block_cache_bytes=cache.block_cache_mb << 20,
             max_queued_requests=cache.max_queued_requests,
+            max_queued_bytes=cache.max_queued_mb << 20,
             counters=self.counters,
             seed=secrets.randbits(63),
         )

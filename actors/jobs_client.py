@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import uuid
@@ -21,6 +22,7 @@ PENDING, RUNNING, SUCCEEDED, FAILED = "pending", "running", "succeeded", "failed
 ENDED = frozenset({SUCCEEDED, FAILED})
 
 _LOG_TAIL_BYTES = 2_000
+_KNOCK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,17 @@ def dashboard_url() -> str | None:
     from ray.experimental.internal_kv import _internal_kv_get
 
     found = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
-    return f"http://{found.decode()}" if found else None
+    # A Ray that was told to have no dashboard may name an address all the same, where nobody listens.
+    return f"http://{found.decode()}" if found and _is_open(found.decode()) else None
+
+
+def _is_open(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _Job:

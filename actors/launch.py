@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import ray
 from ray.util import list_named_actors
 
 from .. import __version__
-from ..cluster.config import Config
+from ..cluster.config import Config, ZonesConfig
 from ..cluster.errors import ConfigError, TimeTierError, Unavailable
 from ..cluster.identity import Refused
+from ..cluster.placement import NodePlace, selector
+from .ray_nodes import ON_THE_HEAD, alive_machines, why_away
 from .ray_session import connect_ray
 from .router import NAME as ROUTER
 from .router import Router
 from .router_link import decode_topology
-from .shell import ENDS, SERVES, SERVING, NodeSpec
+from .shell import AWAY, ENDS, SERVES, SERVING, NodeSpec
 
 Progress = Callable[[int, int, str], None]
 """Told (nodes that are ready, nodes in all, what happened)."""
@@ -40,6 +43,7 @@ _OUR_NAMES = re.compile(r"router|(storage|cache|cold)-\d+-\d+")
 _CALL_S = 15.0
 _STOP_S = 5.0
 _STATUS_S = 3.0
+_AWAY_S = 0.05  # for a node without a Ray node: a process that outlived its raylet answers, nobody else will
 
 
 def start_cluster(
@@ -56,6 +60,9 @@ def start_cluster(
     `config` None: the configuration that the data folder was created with, or the default in a fresh one; then
     `data_dir` is needed. `namespace`, `data_dir` default to those of `config`. Returns `cluster_status`. Raises
     Refused, Unavailable or ConfigError, naming the node and its reason.
+
+    With zones, a cluster begins only when each zone has a Ray node that is alive. Later, nodes of a zone that is away
+    are created all the same, so that they come back with it; they are named in Unavailable at the end.
     """
     if config is None and data_dir is None:
         raise ConfigError("config, data_dir: give at least one of them")
@@ -68,10 +75,13 @@ def start_cluster(
     router = _start_router(name_space, folder, config, deadline)
     running_config = _ask(router, "config")
     topology = decode_topology(_ask(router, "topology", -1, 1.0))
-    specs = [_spec(name, name_space, running_config) for name in topology.node_names()]
-    _remove_refused(name_space, [spec.name for spec in specs], deadline)
-    nodes = {spec.name: _start_node(spec) for spec in specs}
-    _wait_until_ready(nodes, deadline, progress or (lambda done, total, what: None))
+    places = _ask(router, "places")
+    zones = Config.from_json(running_config).zones
+    names = topology.node_names()
+    away = _away(zones, places)
+    _remove_refused(name_space, [name for name in names if name not in away], deadline)
+    nodes = {name: _start_node(_spec(name, name_space, running_config), zones, places.get(name)) for name in names}
+    _wait_until_ready(nodes, away, deadline, progress or (lambda done, total, what: None))
     return cluster_status(name_space)
 
 
@@ -95,19 +105,27 @@ def stop_cluster(namespace: str = "timetier", *, address: str | None = None) -> 
 def cluster_status(namespace: str = "timetier", *, address: str | None = None) -> dict[str, Any]:
     """`namespace`, `state` (`serving`, `degraded`, `down`), `router` and `nodes`: state and figures of each actor.
 
-    Works with the Router dead, too: then it tells of the nodes that run.
+    Nodes of a cluster with zones have `zone` and `host` ("" = any machine of it); they are `away` while no Ray node
+    there is alive. Works with the Router dead, too: then it tells of the nodes that run.
     """
     connect_ray(address)
     running = _running(namespace)
     router = _find(ROUTER, namespace)
     expected: list[str] = []
+    zones: ZonesConfig | None = None
+    places: dict[str, NodePlace] = {}
     if router is not None:
         try:
             expected = decode_topology(_ask(router, "topology", -1, 1.0, timeout_s=_STATUS_S)).node_names()
+            places = _ask(router, "places", timeout_s=_STATUS_S)
+            zones = Config.from_json(_ask(router, "config", timeout_s=_STATUS_S)).zones
         except TimeTierError:
             expected = []  # its own line says why
     names = [*expected, *(name for name in running if name not in {*expected, ROUTER})]
-    states = _statuses(namespace, [ROUTER, *names])
+    away = _away(zones, places)
+    states = _statuses(namespace, [ROUTER, *names], away)
+    for name, place in places.items():
+        states[name] |= {"zone": place.zone, "host": place.host}
     nodes = [states[name] for name in names]
     good = all(state["state"] in SERVES for state in states.values())
     state = "down" if not running else SERVING if good and nodes else "degraded"
@@ -122,8 +140,14 @@ def _start_router(namespace: str, folder: Path, config: Config | None, deadline:
     wanted = None if config is None else config.to_json()
     router: Any = (
         ray.remote(Router)
-        .options(name=ROUTER, namespace=namespace, max_concurrency=_CONCURRENT_CALLS, **_OPTIONS)
-        .remote(namespace, str(folder), wanted)
+        .options(
+            name=ROUTER,
+            namespace=namespace,
+            max_concurrency=_CONCURRENT_CALLS,
+            resources=ON_THE_HEAD,  # where its state is, and without the head there is no Ray anyhow
+            **_OPTIONS,
+        )
+        .remote(namespace, str(folder), wanted, alive_machines(None if config is None else config.zones))
     )
     hello = _ask(router, "hello", timeout_s=max(1.0, deadline - time.monotonic()))
     check_version(hello["version"])
@@ -161,12 +185,29 @@ def _spec(name: str, namespace: str, config: str) -> NodeSpec:
     return NodeSpec(name, int(group), int(number), namespace, config)
 
 
-def _start_node(spec: NodeSpec) -> Any:
+def _start_node(spec: NodeSpec, zones: ZonesConfig | None, place: NodePlace | None) -> Any:
+    """Its handle at once. Ray starts the actor on a Ray node of its place, and again only there, however late."""
+    labels = selector(zones, place) if zones is not None and place is not None else {}
     return (
         ray.remote(_node_class(spec.name))
-        .options(name=spec.name, namespace=spec.namespace, max_concurrency=_CONCURRENT_CALLS, **_OPTIONS)
-        .remote(spec)
+        .options(
+            name=spec.name,
+            namespace=spec.namespace,
+            max_concurrency=_CONCURRENT_CALLS,
+            label_selector=labels,
+            **_OPTIONS,
+        )
+        .remote(replace(spec, zone="" if place is None else place.zone))
     )
+
+
+def _away(zones: ZonesConfig | None, places: Mapping[str, NodePlace]) -> dict[str, str]:
+    """Nodes whose place has no Ray node that is alive, and what they wait for."""
+    if zones is None:
+        return {}
+    alive = alive_machines(zones)
+    reasons = {node: why_away(zones, place, alive) for node, place in places.items()}
+    return {node: reason for node, reason in reasons.items() if reason is not None}
 
 
 def _node_class(name: str) -> type:
@@ -187,11 +228,11 @@ def _remove_refused(namespace: str, names: Iterable[str], deadline: float) -> No
     _wait_until_gone(namespace, refused, deadline)
 
 
-def _wait_until_ready(nodes: dict[str, Any], deadline: float, progress: Progress) -> None:
-    """Raises Refused or Unavailable with the names and reasons of those that do not serve."""
+def _wait_until_ready(nodes: dict[str, Any], away: dict[str, str], deadline: float, progress: Progress) -> None:
+    """Raises Refused or Unavailable with the names and reasons of those that do not serve; not waiting for `away`."""
     patience_s = max(1.0, deadline - time.monotonic())
-    waiting = {handle.settled.remote(patience_s): name for name, handle in nodes.items()}
-    failed: dict[str, str] = {}
+    waiting = {handle.settled.remote(patience_s): name for name, handle in nodes.items() if name not in away}
+    failed = dict(away)
     ready = 0
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=max(0.1, deadline + 1.0 - time.monotonic()))
@@ -206,7 +247,10 @@ def _wait_until_ready(nodes: dict[str, Any], deadline: float, progress: Progress
             failed[name] = reason
         progress(ready, len(nodes), f"{name} is ready" if reason is None else f"{name}: {reason}")
     if failed:
-        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in sorted(failed.items()):
+            by_reason.setdefault(reason, []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         raise Unavailable(f"{len(failed)} of {len(nodes)} nodes do not serve: {told}")
 
 
@@ -251,24 +295,30 @@ def _ask(handle: Any, method: str, *arguments: Any, timeout_s: float = _CALL_S) 
         raise Unavailable(f"the Router is away: {_first_cause(error)}") from None
 
 
-def _statuses(namespace: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Status of each named actor, asked at the same time."""
+def _statuses(namespace: str, names: Iterable[str], away: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Status of each named actor, asked at the same time; nobody waits for those that are `away` (and why)."""
     found: dict[str, dict[str, Any]] = {}
     asked: dict[str, Any] = {}
+    absent = away or {}
     for name in names:
         handle = _find(name, namespace)
-        if handle is None:
+        if handle is not None:
+            asked[name] = handle.status.remote()
+        elif name not in absent:
             found[name] = {"node": name, "state": "absent", "reason": "no such actor runs"}
         else:
-            asked[name] = handle.status.remote()
+            found[name] = {"node": name, "state": AWAY, "reason": absent[name]}
     deadline = time.monotonic() + _STATUS_S
-    for name, answer in asked.items():
+    for name in sorted(asked, key=lambda name: name in absent):
+        patience_s = _AWAY_S if name in absent else max(0.05, deadline - time.monotonic())
         try:
-            found[name] = ray.get(answer, timeout=max(0.05, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            found[name] = {"node": name, "state": "unreachable", "reason": f"no answer within {_STATUS_S:.0f} s"}
+            found[name] = ray.get(asked[name], timeout=patience_s)
         except ray.exceptions.RayError as error:
-            found[name] = {"node": name, "state": "unreachable", "reason": _first_cause(error)}
+            late = isinstance(error, ray.exceptions.GetTimeoutError)
+            reason = f"no answer within {_STATUS_S:.0f} s" if late else _first_cause(error)
+            found[name] = {"node": name, "state": "unreachable", "reason": reason}
+            if name in absent:
+                found[name] |= {"state": AWAY, "reason": absent[name]}
     return found
 
 

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from ..cluster.carriers.base import Address
 from ..cluster.config import Config
 from ..cluster.counters import Counters
 from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from ..cluster.gate import overloaded
 from ..cluster.identity import Refused
+from ..cluster.placement import NodePlace
 from .jobs_client import ENDED, FAILED, RunningSink, SinkOptions, describe, start_sink
 from .metrics import MetricsExport, export_metrics
 from .router_state import RouterState
 
 NAME = "router"
 MAX_POLL_S = 60.0
+MAX_POLLS = 5_000  # that wait at a time; half of the calls that the actor takes
 
 _SINK_POLL_S = 1.0
 _MAX_KNOWN_SINKS = 20
@@ -43,17 +47,18 @@ logger = logging.getLogger(__name__)
 class Router:
     """Named `router` in the cluster's namespace, detached, restarted by Ray for ever with what it knew."""
 
-    def __init__(self, namespace: str, data_dir: str, config: str | None) -> None:
+    def __init__(self, namespace: str, data_dir: str, config: str | None, machines: Sequence[NodePlace] = ()) -> None:
         self._namespace = namespace
         self._changed = asyncio.Condition()
         self._sinks: dict[str, RunningSink] = {}
         self._state: RouterState | None = None
         self._reason = ""
+        self._polls = 0
         self._counters = Counters()
         self._background: set[asyncio.Task[None]] = set()
         try:
             parsed = None if config is None else Config.from_json(config)
-            self._state = RouterState.open(Path(data_dir), namespace, parsed)
+            self._state = RouterState.open(Path(data_dir), namespace, parsed, machines)
         except (TimeTierError, OSError) as error:
             self._reason = str(error)
             logger.error("the Router refuses to serve: %s", self._reason)
@@ -72,19 +77,29 @@ class Router:
     async def topology(self, known_epoch: int, timeout_s: float) -> bytes | None:
         """Encoded `Topology` once its epoch is above `known_epoch`; None after about `timeout_s` seconds.
 
-        Callers that wait alike are answered at different times, so that they do not come back all at once.
+        Callers that wait alike are answered at different times, so that they do not come back all at once. Raises
+        Unavailable when too many wait.
         """
         state = self._open()
         if known_epoch > state.epoch:
             state.lift_epoch(known_epoch)
         if known_epoch == state.epoch:
+            if self._polls >= MAX_POLLS:
+                raise overloaded(f"the Router holds {self._polls} long polls already")
             wait_s = min(timeout_s, MAX_POLL_S) * random.uniform(0.75, 1.0)
+            self._polls += 1
             try:
                 async with asyncio.timeout(wait_s), self._changed:
                     await self._changed.wait_for(lambda: state.epoch > known_epoch)
             except TimeoutError:
                 return None
+            finally:
+                self._polls -= 1
         return msgspec.msgpack.encode(state.topology())
+
+    async def places(self) -> dict[str, NodePlace]:
+        """Where each node lives; empty without zones."""
+        return self._open().places
 
     async def register(self, address: bytes) -> int:
         """Note where a node listens (an encoded `Address`). The epoch from which on everybody knows it."""
@@ -159,6 +174,7 @@ class Router:
             "nodes": len(topology.node_names()),
             "registered": len(topology.addresses),
             "folders": state.folders,
+            "places": {node: msgspec.to_builtins(place) for node, place in state.places.items()},
             "runs": state.runs,
             "figures": self._counters.read(),
         }

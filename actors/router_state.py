@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import msgspec
 from ..cluster.carriers.base import Address
 from ..cluster.config import Config, load_config
 from ..cluster.durable_file import make_folder_durably, write_durably
-from ..cluster.errors import Corrupt, InvalidRequest
+from ..cluster.errors import Corrupt, InvalidRequest, Unavailable
 from ..cluster.identity import Refused, has_identity
+from ..cluster.placement import NodePlace, place_nodes
 from ..cluster.static_map import SHIPPED_BUCKETS, StaticMap
 from ..cluster.topology import Topology
 
 FORMAT = 1
 MAP_FILE = "static.map"
 MAX_RUNS = 20
+_RETRY_AFTER_S = 1.0
 MAX_REPORT_BYTES = 16_384
 GRANTED, FORMATTED = "granted", "formatted"
 
@@ -39,6 +42,7 @@ class _State(msgspec.Struct):
     addresses: dict[str, Address] = {}
     folders: dict[str, str] = {}
     runs: list[dict[str, Any]] = []
+    places: dict[str, NodePlace] = {}
     format: int = FORMAT
 
 
@@ -48,7 +52,8 @@ class _File(msgspec.Struct):
 
 
 class RouterState:
-    """The durable part of the Router. Every method that changes something returns after it is on disk."""
+    """The durable part of the Router. Every method that changes something returns after it is on disk, and raises
+    Unavailable, with nothing changed, when the disk refuses."""
 
     def __init__(self, path: Path, state: _State, static_map: StaticMap) -> None:
         self._path = path
@@ -56,22 +61,30 @@ class RouterState:
         self._static_map = static_map
         self.config = Config.from_json(state.config)
         self._nodes = frozenset(self._shape().node_names())
+        self._on_disk = msgspec.json.encode(state)
 
     @classmethod
-    def open(cls, data_dir: Path, namespace: str, config: Config | None) -> RouterState:
+    def open(
+        cls, data_dir: Path, namespace: str, config: Config | None, machines: Iterable[NodePlace] = ()
+    ) -> RouterState:
         """The state in `data_dir`, or that of a cluster that begins here.
 
         `config`: replaces the stored one if it keeps the shape of the cluster; None = the stored one, or the
-        default for a cluster that begins. Raises Refused when the state must not be used or is missing.
+        default for a cluster that begins. `machines`: where nodes that have no place yet can be placed.
+
+        Raises Refused when the state must not be used or is missing, ConfigError when nodes can't be placed; then
+        nothing was changed.
         """
         path = data_dir / "router" / "state.json"
         if not path.exists():
             _refuse_orphans(data_dir)
-            make_folder_durably(path.parent)
             first = config or load_config(None, data_dir=data_dir).model_copy(update={"namespace": namespace})
+            places = _places(first, machines, {})
+            make_folder_durably(path.parent)
             static_map = StaticMap.load(first.buckets)
             write_durably(path.with_name(MAP_FILE), static_map.to_bytes())
             begun = _State(uuid.uuid4().hex, namespace, first.to_json(), secrets.token_hex(32), static_map.checksum)
+            begun.places = places
             made = cls(path, begun, static_map)
             made._save()
             return made
@@ -83,7 +96,7 @@ class RouterState:
             )
         opened = cls(path, state, _read_map(path.with_name(MAP_FILE), state.map_checksum))
         # The folder may have been moved since, so where it lies now is what counts.
-        opened._take_config((config or opened.config).model_copy(update={"data_dir": data_dir.absolute()}))
+        opened._take_config((config or opened.config).model_copy(update={"data_dir": data_dir.absolute()}), machines)
         return opened
 
     @property
@@ -98,6 +111,11 @@ class RouterState:
     def runs(self) -> list[dict[str, Any]]:
         """The last runs of the sink, oldest first."""
         return list(self._state.runs)
+
+    @property
+    def places(self) -> dict[str, NodePlace]:
+        """Where each node lives; empty without zones."""
+        return dict(self._state.places) if self.config.zones is not None else {}
 
     @property
     def folders(self) -> dict[str, str]:
@@ -165,10 +183,11 @@ class RouterState:
         if before is None or before.get("state") != state:
             self._save()
 
-    def _take_config(self, config: Config) -> None:
+    def _take_config(self, config: Config, machines: Iterable[NodePlace]) -> None:
         text = config.to_json()
         if text == self._state.config:
             return
+        places = _places(config, machines, self._state.places)
         old = self._shape()
         self.config, old_config = config, self.config
         fixed = ("buckets", "storage_groups", "storage_replicas", "cold_groups", "cold_replicas", "cold_disks")
@@ -183,6 +202,7 @@ class RouterState:
         self._nodes = frozenset(new.node_names())
         self._state.addresses = {k: v for k, v in self._state.addresses.items() if k in self._nodes}
         self._state.config = text
+        self._state.places = {**self._state.places, **places}
         self._state.epoch += 1
         self._save()
 
@@ -205,8 +225,26 @@ class RouterState:
             raise InvalidRequest(f"this cluster has no node {node!r}")
 
     def _save(self) -> None:
+        """Make the state durable. Raises Unavailable when the disk refuses; then the state is what the disk holds.
+
+        Else a change that was refused once would be taken for one that was made.
+        """
         state = msgspec.json.encode(self._state)
-        write_durably(self._path, msgspec.json.encode(_File(zlib.crc32(state), msgspec.Raw(state))))
+        try:
+            write_durably(self._path, msgspec.json.encode(_File(zlib.crc32(state), msgspec.Raw(state))))
+        except OSError as error:
+            self._state = msgspec.json.decode(self._on_disk, type=_State)
+            reason = f"the Router can't keep its state in {self._path}: {error.strerror}: free some space"
+            raise Unavailable(reason, retry_after_s=_RETRY_AFTER_S) from None
+        self._on_disk = state
+
+
+def _places(config: Config, machines: Iterable[NodePlace], placed: Mapping[str, NodePlace]) -> dict[str, NodePlace]:
+    """Place of each node that this configuration has; none without zones. Raises ConfigError."""
+    if config.zones is None:
+        return {}
+    shape = config.topology(cluster_id="", namespace="", epoch=0, addresses={}, secret="")
+    return place_nodes(config.zones, shape.node_names(), machines, placed)
 
 
 def _read(path: Path) -> _State:

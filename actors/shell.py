@@ -11,6 +11,7 @@ A shell brings its service up, listens, tells the Router where, follows the topo
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from ..cluster.messages import Message, Ping, Pong, Status, StatusRequest
 from ..cluster.service import Service
 from ..cluster.topology import Topology
 from .metrics import MetricsExport, export_metrics
+from .ray_nodes import own_host
 from .router_link import Pauses, RouterLink, decode_topology, decode_topology_file
 from .runtime_folder import remove_folder_of, socket_path
 from .tls import client_tls, server_tls
@@ -44,6 +46,9 @@ SERVES = frozenset({SERVING, "voting"})
 ENDS = SERVES | {REFUSED, STOPPED, "fenced"}
 """States that don't change by waiting."""
 
+AWAY = "away"
+"""State, told by others, of a node whose zone or machine has no Ray node that is alive."""
+
 _TOPOLOGY_FILE = "topology.json"
 _SETTLE_POLL_S = 0.02
 _TOLD_ALREADY = frozenset({"name", "counters"})  # by the shell, as `node` and `figures`
@@ -53,13 +58,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """What a node actor is made from. `number`: replica, or number of the cache node. `config`: as JSON."""
+    """What a node actor is made from.
+
+    `number`: replica, or number of the cache node. `config`: as JSON. `zone`: "" without zones.
+    """
 
     name: str
     group: int
     number: int
     namespace: str
     config: str
+    zone: str = ""
 
 
 class NodeActor:
@@ -91,6 +100,10 @@ class NodeActor:
     def make_service(self) -> Service:
         """The service of this tier, from `topology`, `carrier`, `config` and `identity`. It is started later."""
         raise AssertionError("each tier makes its own")
+
+    def may_learn(self) -> bool:
+        """Whether the node copies its data from its peers when its folder is empty, but was formatted before."""
+        return False
 
     def allow_votes(self) -> None:
         """The folder's identity is known to the Router: the service may take part in decisions."""
@@ -153,7 +166,7 @@ class NodeActor:
         if self.keeps_identity:
             await self._open_folder()
         service = self.make_service()
-        await service.start()
+        await self._start(service)
         service.update(self.topology)  # it may have changed meanwhile
         self._service = service
         self._keep_topology()
@@ -184,11 +197,33 @@ class NodeActor:
         while self.identity is None:
             try:
                 self.identity = await asyncio.to_thread(
-                    open_identity, self.folder, self.topology.cluster_id, self.spec.name, may_format=may_format
+                    open_identity,
+                    self.folder,
+                    self.topology.cluster_id,
+                    self.spec.name,
+                    may_format=may_format,
+                    may_learn=self.may_learn(),
                 )
             except FolderLocked as error:
                 # The former process of this actor may need a moment to end.
                 self._reason = error.message
+                await asyncio.sleep(pauses.next_s())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._reason = f"{self.folder}: the disk is full, a life can't begin: free some space"
+                await asyncio.sleep(pauses.next_s())
+
+    async def _start(self, service: Service) -> None:
+        """Start the service, as soon as its disk lets it: a node that gave up would need somebody to notice."""
+        pauses = Pauses()
+        while True:
+            try:
+                await service.start()
+                return
+            except Unavailable as error:
+                self._reason = error.message
+                logger.warning("%s can't start yet: %s", self.spec.name, self._reason)
                 await asyncio.sleep(pauses.next_s())
 
     async def _listen(self) -> None:
@@ -201,7 +236,7 @@ class NodeActor:
                 bytes.fromhex(self.topology.secret),
                 name=self.spec.name,
                 unix_path=str(socket_path(self.topology.cluster_id, self.spec.name)),
-                tcp_host=self.config.network.tcp_host,
+                tcp_host=own_host(self.config.network),
                 tcp_port=port,
                 tls=server_tls(self.config.network),
             )
@@ -259,6 +294,7 @@ class NodeActor:
         status: dict[str, Any] = {
             "node": self.spec.name,
             "tier": self.tier,
+            "zone": self.spec.zone,
             "state": self._state,
             "reason": self._reason,
             "pid": os.getpid(),

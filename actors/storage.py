@@ -28,5 +28,8 @@ class StorageNode(NodeActor):
         )
         return self._storage
 
+    def may_learn(self) -> bool:
+        return self.config.storage.rejoin and self.topology.storage_replicas > 1
+
     def allow_votes(self) -> None:
         self._storage.allow_votes()

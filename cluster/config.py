@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictFloat,
     StrictInt,
     ValidationError,
@@ -40,6 +41,8 @@ BUCKETS_PER_GROUP = 50  # fewer would make the shares of two groups differ by mo
 
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "y": 365 * 86_400}
 _UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_LABEL_KEY = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
+_LABEL_VALUE = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdy])")
 
 
@@ -108,6 +111,12 @@ class StorageConfig(_Section):
         le=65_536,
         description="log entries kept per timeline, from which a replica or a cache that is behind catches up",
     )
+    log_keep_mb: StrictInt = Field(
+        default=8,
+        ge=1,
+        le=65_536,
+        description="MiB of log entries with their values kept per timeline; of older ones the request ids stay",
+    )
     request_id_entries: StrictInt = Field(
         default=128,
         ge=8,
@@ -138,6 +147,13 @@ class StorageConfig(_Section):
         ge=1,
         le=1 << 30,
         description="MiB of free disk below which a node takes no writes; RocksDB may hang on a disk that is full",
+    )
+    rejoin: StrictBool = Field(
+        default=True,
+        description="whether a replica that lost its data copies it from its peers by itself, and then votes again",
+    )
+    rejoin_mb_per_s: StrictInt = Field(
+        default=64, ge=1, le=65_536, description="MiB per second that it copies at the most"
     )
     catch_up_interval_s: Seconds = Field(
         default=5.0,
@@ -174,6 +190,12 @@ class CacheConfig(_Section):
         ge=0,
         le=1_048_576,
         description="MiB of decoded cold blocks per cache node, beside budget_mb; 0 keeps none",
+    )
+    max_queued_mb: StrictInt = Field(
+        default=256,
+        ge=32,
+        le=65_536,
+        description="MiB of answers that may be under way in a node; beyond it refuses with Unavailable",
     )
     max_queued_requests: StrictInt = Field(
         default=100_000,
@@ -239,7 +261,8 @@ class NetworkConfig(_Section):
         default="127.0.0.1",
         min_length=1,
         max_length=253,
-        description="address that nodes listen on and are reached at; nodes of one machine also use Unix sockets",
+        description="address that nodes listen on and are reached at, or auto: the one by which Ray knows each "
+        "machine; nodes of one machine also use Unix sockets",
     )
     tls_cert: FullPath | None = Field(
         default=None, description="PEM file with each node's certificate; all three or none"
@@ -254,6 +277,41 @@ class NetworkConfig(_Section):
         if 0 < len(missing) < len(paths):
             raise ValueError(f"{missing[0]} is not set: give tls_cert, tls_key and tls_ca, or none of them")
         return self
+
+
+class ZonesConfig(_Section):
+    """Where nodes live: each replica of a group in a zone of its own, by the labels of Ray nodes."""
+
+    label: str = Field(
+        default="zone",
+        pattern=_LABEL_KEY,
+        description="label of the Ray nodes that says their zone, as in `ray start --labels zone=a`; Ray on "
+        "Kubernetes sets ray.io/availability-zone by itself",
+    )
+    names: list[Annotated[str, Field(pattern=_LABEL_VALUE)]] = Field(
+        min_length=1,
+        max_length=64,
+        description="values of that label, at least as many as a group has replicas: replica r of group g lives in "
+        "zone number (g + r) modulo their number",
+    )
+    host_label: str | None = Field(
+        default=None,
+        pattern=_LABEL_KEY,
+        description="label that names the machine, the same after each restart; needed where a zone has several Ray "
+        "nodes, since data lie on one of them; null = one Ray node a zone",
+    )
+    allow_shared_zones: StrictBool = Field(
+        default=False,
+        description="true = two replicas of a group may share a zone, and are lost together; for trials only",
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _different(cls, names: list[str]) -> list[str]:
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"zone {doubled[0]!r} is listed twice: each zone once")
+        return names
 
 
 class TableConfig(_Section):
@@ -315,6 +373,9 @@ class Config(_Section):
     cold: ColdConfig = Field(default=ColdConfig(), description="the cold tier")
     sink: SinkConfig = Field(default=SinkConfig(), description="the job that moves old items to the cold tier")
     client: ClientConfig = Field(default=ClientConfig(), description="deadlines of the client")
+    zones: ZonesConfig | None = Field(
+        default=None, description="where nodes live; null = wherever Ray places them, and any two may share a machine"
+    )
     network: NetworkConfig = Field(default=NetworkConfig(), description="how nodes listen")
     tables: dict[str, TableConfig] = Field(
         default_factory=dict,
@@ -350,6 +411,20 @@ class Config(_Section):
                 raise ValueError(
                     f"{tier}.groups = {groups} is too many for buckets = {self.buckets} (at most buckets/50, so that "
                     f"the groups' shares are even): write {tier}.groups = {limit} or less{more}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _zones_for_all_replicas(self) -> Config:
+        if self.zones is None or self.zones.allow_shared_zones:
+            return self
+        count = len(self.zones.names)
+        for tier, replicas in (("storage", self.storage.replicas), ("cold", self.cold.replicas)):
+            if replicas > count:
+                raise ValueError(
+                    f"{tier}.replicas = {replicas}, but zones.names lists {count} zone{'s' * (count > 1)}: replicas of "
+                    f"one group would share a zone and be lost together: list {replicas} zones at least, or write "
+                    "zones.allow_shared_zones = true"
                 )
         return self
 

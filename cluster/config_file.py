@@ -149,6 +149,10 @@ def _describe(document: ConfigDocument, model: type[BaseModel], problem: dict[st
     kind, message = problem["type"], problem["msg"]
     if kind == "json_invalid":
         return f"{document.name}: this is no JSON: {message}"
+    info = _field_at(model, place)
+    expected = f"write {_expected(info)} ({info.description})" if info else message
+    if kind == "missing":
+        return f"{document.at(place)}: {_dotted(place)} is missing: {expected}"
     subject = f"{document.at(place)}: {_dotted(place)} = {_shown(document.value(place, problem['input']))}: "
     if kind == "extra_forbidden":
         return subject + _unknown_field(model, place)
@@ -160,8 +164,7 @@ def _describe(document: ConfigDocument, model: type[BaseModel], problem: dict[st
         return f"{document.at(place)}: {_dotted(place)}{': ' if place else ''}{message}"
     if kind == "value_error":  # raised by a validator, which knows the remedy
         return subject + str(problem["ctx"]["error"])
-    info = _field_at(model, place)
-    return subject + (f"write {_expected(info)} ({info.description})" if info else message)
+    return subject + expected
 
 
 def _shown(value: object) -> str:
@@ -271,4 +274,8 @@ def _kind_in_words(annotation: Any, has_parser: bool) -> str:
         return "a path"
     if annotation is str:
         return "text"
+    if annotation is bool:
+        return "true or false"
+    if get_origin(annotation) is list:
+        return "a list of texts, such as [a, b, c]"
     return "a section of indented `name: value` lines"

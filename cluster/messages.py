@@ -253,6 +253,7 @@ class Checked(_Message):
     `wiped`: int64, items (also in blocks) of a version up to this one are deleted.
     `floors`: for a RANGE the item key down to which hot rows and links are complete; b"" = to the oldest.
     `horizons`: int64, items with a timestamp below this have expired.
+    `incarnations`: see `Versions`.
     """
 
     chosen: bytes
@@ -268,6 +269,7 @@ class Checked(_Message):
     horizons: bytes
     floors: list[bytes]
     links: list[Links]
+    incarnations: list[int] = []
 
 
 class AskVersions(_Message):
@@ -277,10 +279,15 @@ class AskVersions(_Message):
 
 
 class Versions(_Message):
-    """Answer to `AskVersions`. `chosen`: int64."""
+    """Answer to `AskVersions`. `chosen`: int64.
+
+    `incarnations`: by replica, the greatest one that this replica has seen (0 for none; its own for itself). What a
+    replica answered counts only if no other answer of the same read has seen a later incarnation of it.
+    """
 
     chosen: bytes
     opens: list[Open]
+    incarnations: list[int] = []
 
 
 class Settle(_Message):
@@ -405,6 +412,8 @@ class PeerBatch(_Message):
     incarnation_seen: int  # the sender's view of the receiver's incarnation, so that a zombie learns its state
     boot_seen: int
     messages: list[PeerMessage]
+    past: list[int] = []  # boots of the sender's earlier lives, until the receiver has confirmed the present one
+    full: bool = False  # the sender's disk has no room for new values
 
 
 class AskChosen(_Message):
@@ -412,6 +421,84 @@ class AskChosen(_Message):
 
     bucket: int
     cursor: bytes
+
+
+class AskLives(_Message):
+    """Rejoin: who are you, and which lives of the replicas have you noted?"""
+
+
+class Lives(_Message):
+    """Answer to `AskLives`. `life`: the answering replica's own; `votes`: whether it takes part in quorums.
+
+    `noted`: durably noted lives of the other replicas.
+    """
+
+    life: Life
+    votes: bool
+    noted: list[Life]
+
+
+class AskAccepted(_Message):
+    """Rejoin: what have you promised, accepted and applied, for the timelines of `bucket` from `cursor` on?
+
+    `life`: of the learner that asks. It must have been noted durably, so that its earlier votes count no more.
+    """
+
+    life: Life
+    bucket: int
+    cursor: bytes
+
+
+class AcceptedList(_Message):
+    """Answer to `AskAccepted`, durable before it left. Of each timeline: `chosen` (int64), and of entry chosen+1 the
+    promise, the accepted ballot and its value (None where there is none). `next`: as in `ChosenList`.
+    """
+
+    timelines: list[bytes]
+    chosen: bytes
+    promised: list[Ballot]
+    accepted: list[Ballot]
+    values: list[Value | None]
+    next_bucket: int
+    next_cursor: bytes
+
+
+class AskDigests(_Message):
+    """Digests of the timelines of `bucket` from `cursor` on; or, if `timelines` are named, of these.
+
+    `at`: int64, parallel to `timelines`: the version as of which each digest is wanted; -1 for the present one.
+    """
+
+    bucket: int
+    cursor: bytes
+    timelines: list[bytes] = []
+    at: bytes = b""
+
+
+class Digests(_Message):
+    """Answer to `AskDigests`. Two replicas that answer the same version and system version have the same digest.
+
+    `versions`: int64, as of which each digest is; -1 where this replica can't tell (it has not applied that version,
+    or no longer has all rows of it). `systems`: int64, version of the bucket's system timeline: rows behind its links
+    do not count. `digests`: 16 bytes each. `next`: as in `ChosenList`.
+    """
+
+    timelines: list[bytes]
+    versions: bytes
+    systems: bytes
+    digests: bytes
+    next_bucket: int
+    next_cursor: bytes
+
+
+class Mend(_Message):
+    """Replace what you have of these timelines by the whole state that replica `source` of your group has.
+
+    Answered by `Pong` once it was asked for; versions never go back, and promises and votes stay.
+    """
+
+    timelines: list[bytes]
+    source: int
 
 
 class AskTables(_Message):
@@ -588,6 +675,13 @@ Message = (
     | PeerBatch
     | AskChosen
     | ChosenList
+    | AskLives
+    | Lives
+    | AskAccepted
+    | AcceptedList
+    | AskDigests
+    | Digests
+    | Mend
     | AskTables
     | Tables
     | Scan

@@ -14,6 +14,7 @@ from .cli_common import run_command
 from .cli_data import delete, get, load, put, timeline
 from .cli_demo import demo
 from .cli_sink import sink
+from .cli_verify import repair, verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,7 +27,7 @@ def commands() -> None:
     """
 
 
-for command in (up, down, status, load, get, put, timeline, delete, sink, map_command, demo):
+for command in (up, down, status, load, get, put, timeline, delete, sink, verify, repair, map_command, demo):
     commands.add_command(command)
 
 

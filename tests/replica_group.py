@@ -116,6 +116,7 @@ class Group:
             rng=random.Random(self.random.random()),
             wall_us=lambda: int(self.now * 1e6) + 1_000_000,
             counters=Counters(),
+            past=range(1, member.boot),
         )
         self.pump(number)
 

@@ -56,7 +56,7 @@ class Scripted(Group):
 
     @staticmethod
     def _batch(batch: PeerBatch, messages: list[PeerMessage]) -> PeerBatch:
-        return PeerBatch(batch.life, batch.incarnation_seen, batch.boot_seen, messages)
+        return PeerBatch(batch.life, batch.incarnation_seen, batch.boot_seen, messages, batch.past)
 
     def release(self) -> None:
         self.holds = lambda _s, _t, _m: False

@@ -11,7 +11,7 @@ from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import open_identity
 from timetier.cluster.messages import PUT, Write, Written, pack_i64, pack_u32, unpack_i64
-from timetier.cluster.storage.service import StorageService
+from timetier.cluster.storage.service import OpenEngine, StorageService, free_bytes
 from timetier.cluster.topology import TablePolicy, Topology
 
 BUCKETS = 64
@@ -50,8 +50,17 @@ async def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 
 class StorageCluster:
     """Three `StorageService`s by name `storage-0-R`. Use as an async context manager."""
 
-    def __init__(self, folder: Path, config: StorageConfig | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: StorageConfig | None = None,
+        *,
+        free_bytes: Callable[[Path], int] = free_bytes,
+        open_engine: OpenEngine | None = None,
+    ) -> None:
         self.folder = folder
+        self.open_engine = open_engine
+        self.free_bytes = free_bytes
         self.config = config or StorageConfig(engine_cache_mb=8, engine_write_buffer_mb=4)
         self.network = MemoryNetwork()
         self.topology = topology()
@@ -68,9 +77,9 @@ class StorageCluster:
         for number in list(self.services):
             await self.stop(number)
 
-    async def start(self, number: int, *, may_format: bool = True) -> StorageService:
+    async def start(self, number: int, *, may_format: bool = True, may_learn: bool = False) -> StorageService:
         name = f"storage-0-{number}"
-        identity = open_identity(self.folder / name, "test-cluster", name, may_format=may_format)
+        identity = open_identity(self.folder / name, "test-cluster", name, may_format=may_format, may_learn=may_learn)
         service = StorageService(
             name=name,
             group=0,
@@ -82,8 +91,14 @@ class StorageCluster:
             config=self.config,
             counters=Counters(),
             seed=number,
+            free_bytes=self.free_bytes,
+            open_engine=self.open_engine,
         )
-        await service.start()
+        try:
+            await service.start()
+        except Exception:
+            identity.close()
+            raise
         identity.mark_formatted()
         service.allow_votes()
         self.network.register(name, service.handle)

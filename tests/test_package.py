@@ -23,7 +23,7 @@ PURE = [
     ),
     *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "view")),
     *(ROOT / "cluster" / "cold" / f"{name}.py" for name in ("orphans", "sink_calls", "sink_script", "sinking")),
-    *(ROOT / "cluster" / f"{name}.py" for name in ("effects", "keys", "routing", "topology")),
+    *(ROOT / "cluster" / f"{name}.py" for name in ("comparing", "effects", "keys", "routing", "topology", "verifying")),
 ]
 
 

@@ -54,7 +54,11 @@ async def answer_frame(handler: Handler, frame: bytes | memoryview) -> bytes:
 
     Raises ProtocolError for a malformed frame only: errors of the handler travel back as `Failure`.
     """
-    message = decode(frame)
+    return await answer_message(handler, decode(frame))
+
+
+async def answer_message(handler: Handler, message: Message) -> bytes:
+    """Have the handler answer a message, encode the answer (b"" for none); errors travel back as `Failure`."""
     try:
         reply = await handler(message)
         return b"" if reply is None else encode(reply)

@@ -16,7 +16,9 @@ CLOSE_TIMEOUT_S = 1.0  # time that a closing connection has to hand over what is
 LOG_LINES = 10  # of refusals and the like, at most, in each
 LOG_WINDOW_S = 10.0
 MAX_LINE_LENGTH = 400
-UNACKNOWLEDGED_TIMEOUT_MS = 10_000  # a TCP peer that takes nothing for so long is gone
+# A TCP peer that takes nothing for so long is gone. After an outage, a new connection is open sooner than TCP, whose
+# pauses double, tries again on the old one.
+UNACKNOWLEDGED_TIMEOUT_MS = 3_000
 
 
 def host_id() -> str:

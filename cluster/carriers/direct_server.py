@@ -11,15 +11,17 @@ from pathlib import Path
 
 from ..counters import Counters
 from ..errors import InvalidRequest, ProtocolError
-from ..messages import MAX_FRAME_BYTES
-from .base import Address, Handler, answer_frame
+from ..gate import overloaded
+from ..messages import MAX_FRAME_BYTES, decode, encode, failure
+from .base import Address, Handler, answer_message
 from .connection import BoundedLog, FrameConnection, host_id
 from .framing import ONE_WAY, REPLY, REQUEST, FrameError
 from .handshake import NONCE_BYTES, ServerHandshake, check_secret
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_STRANGERS = 128  # connections that have not shown the secret yet; the oldest makes room for one more
-MAX_REPLY_BYTES = 256 << 20  # replies that wait for a peer that does not read
+MAX_REPLY_BYTES = 256 << 20  # replies that wait for peers that do not read, all of them together
+MAX_HANDLERS = 16_384  # requests that are being answered, of all connections together
 PAUSE_REPLY_BYTES = 1 << 20  # replies that wait before requests of that peer are left unread
 MAX_UNIX_PATH_BYTES = 107  # limit of the system
 BACKLOG = 1024
@@ -36,10 +38,12 @@ class DirectServer:
     `handler`: the node's front door. `secret`: shared by all members, 16 bytes or more. `name`: the node's name;
     a peer that looks for another node is refused ("" takes any). `unix_path`: a socket there is replaced.
     `max_connections`: peers that know the secret. `max_in_flight`: requests of one connection that are being
-    answered; further ones stay unread. `tls`: for TCP only.
+    answered; further ones stay unread. `max_handlers`: the same of all connections together; further ones are
+    refused with `Unavailable`. `max_reply_bytes`: replies that wait to be read; beyond it a peer that leaves more than
+    1 MiB of them is cut off. `tls`: for TCP only.
 
     Counters: connections, refused_handshakes, malformed_frames, oversized_frames, dropped_frames, calls,
-    one_way_frames; gauge open_connections.
+    one_way_frames, overload_refusals; gauge open_connections.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DirectServer:
         max_in_flight: int = 1024,
         max_frame_bytes: int = MAX_FRAME_BYTES,
         max_reply_bytes: int = MAX_REPLY_BYTES,
+        max_handlers: int = MAX_HANDLERS,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -70,6 +75,7 @@ class DirectServer:
         self.max_in_flight = max_in_flight
         self.max_frame_bytes = max_frame_bytes
         self.max_reply_bytes = max_reply_bytes
+        self.max_handlers = max_handlers
         self.handshake_timeout_s = handshake_timeout_s
         self.counters = Counters()
         self.log = BoundedLog(logger)
@@ -131,6 +137,10 @@ class DirectServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.tasks.clear()
         await asyncio.gather(*(connection.ended for connection in connections))
+
+    def reply_bytes(self) -> int:
+        """Replies that wait to be read by peers."""
+        return sum(connection.queued_bytes() for connection in self.members)
 
     def _connection(self) -> ServerConnection:
         return ServerConnection(self)
@@ -201,7 +211,7 @@ class ServerConnection(FrameConnection):
         server = self._server
         if len(server.members) >= server.max_connections:
             raise FrameError("refused_handshakes", f"there are {server.max_connections} connections already")
-        if len(server.tasks) >= 16 * server.max_in_flight:
+        if len(server.tasks) >= server.max_handlers:
             raise FrameError("refused_handshakes", "too many handlers of ended connections still run")
         self._deadline.cancel()
         server.strangers.pop(self, None)
@@ -233,6 +243,11 @@ class ServerConnection(FrameConnection):
                 self.counters.add("one_way_frames")
             else:
                 raise FrameError("malformed_frames", "a reply where a request was due")
+            if kind == REQUEST and len(server.tasks) >= server.max_handlers:
+                self.counters.add("overload_refusals")
+                refusal = failure(overloaded(f"{server.name} answers {len(server.tasks)} requests already"))
+                self._reply(call_id, encode(refusal))
+                continue
             self._in_flight += 1
             server.tasks.add(self.loop.create_task(self._answer(call_id, payload)))
         self._read(True)
@@ -247,7 +262,9 @@ class ServerConnection(FrameConnection):
 
     async def _answer(self, call_id: int, payload: bytes) -> None:
         try:
-            reply = await answer_frame(self._server.handler, payload)
+            message = decode(payload)
+            del payload  # a request may wait for long, and has its bytes by now
+            reply = await answer_message(self._server.handler, message)
             if call_id:  # a one-way frame has none
                 self._reply(call_id, reply)
         except ProtocolError as error:
@@ -266,7 +283,7 @@ class ServerConnection(FrameConnection):
     def _reply(self, call_id: int, reply: bytes) -> None:
         if self.closing:
             self.counters.add("dropped_frames")
-        elif self.queued_bytes() > self._server.max_reply_bytes:
+        elif self.queued_bytes() > PAUSE_REPLY_BYTES and self._server.reply_bytes() > self._server.max_reply_bytes:
             self.drop("dropped_frames", f"the peer leaves {self.queued_bytes()} bytes of replies unread")
         else:
             self.write_frame(call_id, REPLY, reply)

@@ -20,6 +20,7 @@ from .view import View
 
 MAX_MESSAGE_BYTES = 8 << 20  # a message with more than one request stays below this
 MAX_MESSAGE_ITEMS = MAX_BATCH_ITEMS
+MAX_HINT_S = 60.0  # no node is left alone for longer because it said so
 _ANSWER_SHARE = 0.9  # of an attempt's time is the node's: it should still be able to say what became of the request
 
 
@@ -49,6 +50,9 @@ class Batch(ABC, Generic[Q, R]):
         self.must_wait = False
         self._tried: dict[int, set[str]] = {}
         self._reasons: dict[int, str] = {}
+        self._hints: dict[int, float] = {}  # seconds after which the last node wanted to be asked again
+        self._come_back: dict[str, float] = {}  # when each node that gave a hint may be asked again
+        self._busy_s = 0.0
         self._pauses = 0
 
     def run(self) -> Script[list[R | TimeTierError]]:
@@ -58,16 +62,14 @@ class Batch(ABC, Generic[Q, R]):
             if left_s <= 0 or view.closing:
                 self._give_up()
                 break
-            attempt_s = min(view.settings.attempt_timeout_s, left_s)
             plan = [(node, part) for node, indices in self.plan().items() for part in self.split(indices)]
-            node_ms = max(1, int(attempt_s * 1_000 * _ANSWER_SHARE))
-            answers = yield [Call(node, self.message(indices, node_ms), attempt_s) for node, indices in plan]
-            self.must_wait = False
+            answers = yield [self._call(node, indices, left_s) for node, indices in plan]
+            self.must_wait, self._busy_s = False, 0.0
             for (node, indices), answer in zip(plan, answers, strict=True):
                 self._take(node, indices, answer)
             self.pending = [index for index in self.pending if self.results[index] is None]
             if self.pending and self.must_wait:
-                pause_s = view.back_off_s(self._pauses)
+                pause_s = view.back_off_s(self._pauses) + self._hinted_pause_s()
                 self._pauses += 1
                 yield Sleep(max(0.0, min(pause_s, self.deadline - view.now())))
         return cast("list[R | TimeTierError]", self.results)
@@ -93,9 +95,9 @@ class Batch(ABC, Generic[Q, R]):
     def doubt(self, indices: Sequence[int]) -> None:
         """An attempt of these requests may have taken effect, or may still."""
 
-    def late(self, index: int, message: str) -> TimeTierError:
-        """Error of a request whose time is over."""
-        return Unavailable(message, retry_after_s=None)
+    def late(self, index: int, message: str, retry_after_s: float) -> TimeTierError:
+        """Error of a request whose time is over. `retry_after_s`: the hint that the caller gets."""
+        return Unavailable(message, retry_after_s=retry_after_s)
 
     def reject(self, index: int, error: TimeTierError) -> None:
         """End a request that can't succeed as it is."""
@@ -144,6 +146,13 @@ class Batch(ABC, Generic[Q, R]):
         parts.append(part)
         return parts
 
+    def _call(self, node: str, indices: list[int], left_s: float) -> Call:
+        # A repeated request gets all the time there is: it must not fail for want of that alone.
+        hasty = self._tried.keys().isdisjoint(indices)
+        attempt_s = min(self.view.attempt_timeout_s(node, hasty=hasty), left_s)
+        node_ms = max(1, int(attempt_s * 1_000 * _ANSWER_SHARE))
+        return Call(node, self.message(indices, node_ms), attempt_s)
+
     def _take(self, node: str, indices: list[int], answer: Any) -> None:
         if isinstance(answer, CallFailed):
             self.view.suspect(node)
@@ -167,10 +176,35 @@ class Batch(ABC, Generic[Q, R]):
             for index in indices:
                 self.reject(index, kind(answer.message, **answer.fields))
         else:
-            self.view.suspect(node)
             if kind is not Unavailable or answer.fields.get("internal"):
                 self.doubt(indices)
-            self.retry(node, indices, answer.message)
+            hint_s = _hint_s(answer)
+            if hint_s:
+                self._take_hint(node, indices, answer, hint_s)
+            else:
+                self.view.suspect(node)
+                self.retry(node, indices, answer.message)
+
+    def _take_hint(self, node: str, indices: Sequence[int], answer: Failure, hint_s: float) -> None:
+        """The node said when to come back: it is not asked before, and others first.
+
+        One that has too much to do is waited for in any case: if all that it refuses went to the others at once,
+        they would be the next to have too much to do.
+        """
+        self.view.rest(node, hint_s)
+        self._come_back[node] = self.view.now() + hint_s
+        busy = bool(answer.fields.get("busy"))
+        if busy:
+            self._busy_s = max(self._busy_s, hint_s)
+        self.retry(node, indices, f"{answer.message}; it asked to come back in {hint_s:g} s", wait=busy)
+        for index in indices:
+            self._hints[index] = hint_s
+
+    def _hinted_pause_s(self) -> float:
+        """How long to wait at least: until one of the nodes wants to be asked again, if they all gave a hint."""
+        candidates = self.candidates(self.pending[0])
+        earliest = min(self._come_back.get(node, 0.0) for node in candidates)
+        return max(self._busy_s, earliest - self.view.now(), 0.0)
 
     def retry(self, node: str, indices: Sequence[int], reason: str, *, wait: bool = False) -> None:
         """Let the requests go to another node in the next round; pause before it if all of them were tried."""
@@ -180,6 +214,7 @@ class Batch(ABC, Generic[Q, R]):
             tried = self._tried.setdefault(index, set())
             tried.add(node)
             self._reasons[index] = reason
+            self._hints.pop(index, None)
             if tried.issuperset(self.candidates(index)):
                 tried.clear()
                 self.must_wait = True
@@ -190,7 +225,7 @@ class Batch(ABC, Generic[Q, R]):
             self.view.mark_stale()
             reason = f"it does not own that bucket; the client's map is of epoch {self.view.routing.topology.epoch}"
         elif outcome == UNAVAILABLE:
-            reason = "no majority of the replicas answers"
+            reason = "no majority of the replicas answers in time, or too much is under way"
         elif outcome == STALE:
             reason = "the timeline moves on faster than its writes arrive"
         else:
@@ -202,7 +237,14 @@ class Batch(ABC, Generic[Q, R]):
             what = describe(self.requests[index].timeline)
             last = self._reasons.get(index, "no answer yet")
             why = "the store was closed" if self.view.closing else f"no answer within {self.timeout_s:g} s"
-            self.results[index] = self.late(index, f"{what}: {why} (last: {last})")
+            hint_s = self._hints.get(index, self.view.settings.back_off_max_s)
+            self.results[index] = self.late(index, f"{what}: {why} (last: {last})", hint_s)
+
+
+def _hint_s(answer: Failure) -> float:
+    """Seconds after which the node wants to be asked again, 0 if it did not say."""
+    hint_s = answer.fields.get("retry_after_s")
+    return min(float(hint_s), MAX_HINT_S) if isinstance(hint_s, int | float) and hint_s > 0 else 0.0
 
 
 def describe(timeline: bytes) -> str:

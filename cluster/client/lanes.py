@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..errors import InvalidRequest, TimeTierError, Unavailable
+from ..gate import RETRY_AFTER_S
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -90,7 +91,7 @@ class Lane(Generic[Q, R]):
             raise Unavailable(
                 f"the client's queue is full ({self.queued_items} requests, {self.queued_bytes} bytes): "
                 "call less at once, or wait for earlier calls",
-                retry_after_s=0.1,
+                retry_after_s=RETRY_AFTER_S,
             )
         loop = asyncio.get_running_loop()
         waiting: _Waiting[Q, R] = _Waiting(requests, size_bytes, loop.time(), loop.create_future())
@@ -158,7 +159,7 @@ class Lane(Generic[Q, R]):
 
     def _refuse(self, waiting: _Waiting[Q, R], reason: str) -> None:
         if not waiting.answer.done():
-            waiting.answer.set_exception(Unavailable(f"not sent: {reason}", retry_after_s=None))
+            waiting.answer.set_exception(Unavailable(f"not sent: {reason}", retry_after_s=RETRY_AFTER_S))
 
     def _start_next(self) -> None:
         calls: list[_Waiting[Q, R]] = []

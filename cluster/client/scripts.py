@@ -6,6 +6,7 @@ All three kinds of batch share the loop of `batch.py`. The rules for one request
 |---|---|---|
 | OK | done | done |
 | no answer | next node at once | next node at once; its fate is unknown if the node may have seen it |
+| Unavailable, with a hint | next node at once; after the hint if the node is overloaded, or all gave one | the same |
 | UNAVAILABLE | next node, after a pause | the same: this attempt was surely not applied |
 | UNKNOWN | next node, after a pause | next node, after a pause; its fate is unknown |
 | CONFLICT | | VersionConflict |
@@ -198,10 +199,10 @@ class _WriteBatch(Batch[WriteRequest, int]):
     def doubt(self, indices: Sequence[int]) -> None:
         self.doubtful.update(indices)
 
-    def late(self, index: int, message: str) -> TimeTierError:
+    def late(self, index: int, message: str, retry_after_s: float) -> TimeTierError:
         if index in self.doubtful:
             return OutcomeUnknown(f"{message}; the write may have been applied, or still be: read before you retry")
-        return Unavailable(f"{message}; the write was not applied", retry_after_s=None)
+        return Unavailable(f"{message}; the write was not applied", retry_after_s=retry_after_s)
 
     def reject(self, index: int, error: TimeTierError) -> None:
         if index in self.doubtful:

@@ -23,6 +23,7 @@ from . import items as shapes
 from .following import Follower, TopologySource
 from .items import AddressLike, Item, ManyWrites, Page, PutLike
 from .lanes import LaneLimits, Lanes
+from .probing import Prober
 from .scripts import (
     ItemQuery,
     ItemResult,
@@ -55,11 +56,15 @@ class AsyncStore:
         source: TopologySource,
         *,
         settings: ClientSettings | None = None,
+        random: Random | None = None,
     ) -> None:
-        """Needs a running event loop. `source` is asked for later topologies; the store closes `carrier`."""
+        """Needs a running event loop. `source` is asked for later topologies; the store closes `carrier`.
+
+        `random`: gives the client's request ids, so no two clients may have equal ones; None for one of its own.
+        """
         loop = asyncio.get_running_loop()
         self.carrier = carrier
-        self.view = View(topology, now=loop.time, random=Random(), settings=settings)
+        self.view = View(topology, now=loop.time, random=random or Random(), settings=settings)
         carrier.update(topology.addresses)
         known = self.view.settings
         limits = LaneLimits(
@@ -72,6 +77,7 @@ class AsyncStore:
         self._pages = Lanes(self._page_batch, _query_bytes, limits)
         self._items = Lanes(self._item_batch, _query_bytes, limits)
         self._follower = Follower(source, self.view, carrier)
+        self._prober = Prober(self.view, carrier)
         self._closed = False
 
     def table(self, name: str) -> AsyncTable:
@@ -110,6 +116,7 @@ class AsyncStore:
         self._closed = True
         self.view.closing = True
         await self._follower.stop()
+        await self._prober.stop()
         await self.carrier.close()
         for lanes in (self._writes, self._pages, self._items):
             await lanes.close()

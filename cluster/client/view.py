@@ -13,6 +13,7 @@ from random import Random
 
 from ..routing import Routing
 from ..topology import Topology
+from .suspects import Suspects
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class ClientSettings:
     `attempt_timeout_s`: how long one node may take before the next one is asked. Lower means faster failover, and
     more needless second attempts while a healthy node is busy.
     `suspect_s`, `suspect_max_s`: a node that failed is asked last for this long, doubling with each further failure.
+    `relapse_max_s`: bound for a node that answered and failed in turns: four times as long each time.
+    `probation_s`, `probation_timeout_s`: for how long after a failure a node that answers again has less time, and
+    how much, before the next one is asked.
     `back_off_s`, `back_off_max_s`: pause before a repeated attempt, doubling, with jitter.
     `seen_timelines`: versions remembered, about 200 bytes each.
     `batch_items`: calls are merged into one batch up to this many requests.
@@ -34,6 +38,9 @@ class ClientSettings:
     attempt_timeout_s: float = 2.0
     suspect_s: float = 1.0
     suspect_max_s: float = 8.0
+    relapse_max_s: float = 16.0
+    probation_s: float = 60.0
+    probation_timeout_s: float = 0.2
     back_off_s: float = 0.005
     back_off_max_s: float = 0.5
     seen_timelines: int = 100_000
@@ -61,7 +68,14 @@ class View:
         self.closing = False  # calls in flight give up at their next step
         self.on_stale: Callable[[], None] = lambda: None
         self._seen: OrderedDict[bytes, int] = OrderedDict()
-        self._suspects: dict[str, tuple[float, float]] = {}  # node -> (suspected until, length of the suspicion)
+        self.suspects = Suspects(
+            now,
+            first_s=self.settings.suspect_s,
+            longest_s=self.settings.suspect_max_s,
+            relapse_longest_s=self.settings.relapse_max_s,
+            probation_s=self.settings.probation_s,
+        )
+        self._resting: dict[str, float] = {}  # nodes that asked to be left alone, and until when
         self._id_prefix = random.randbytes(8)
         self._id_counter = 0
 
@@ -70,7 +84,8 @@ class View:
         self.routing = Routing(topology)
         self.stale_map = False
         names = set(topology.node_names())
-        self._suspects = {node: since for node, since in self._suspects.items() if node in names}
+        self.suspects.keep(names)
+        self._resting = {node: until for node, until in self._resting.items() if node in names}
 
     def mark_stale(self) -> None:
         """A node said that the map is old: have it fetched (`on_stale`)."""
@@ -84,7 +99,7 @@ class View:
 
     def choose(self, candidates: Sequence[str], tried: Collection[str] = ()) -> str | None:
         """First candidate that is neither tried nor suspected, else the first untried; None when all were tried."""
-        if not tried and not self._suspects:
+        if not tried and not self.suspects and not self._resting:
             return candidates[0] if candidates else None
         last = None
         for node in candidates:
@@ -97,22 +112,34 @@ class View:
 
     def suspect(self, node: str) -> None:
         """The node brought no answer: ask it last for a while."""
-        until, length_s = self._suspects.get(node, (0.0, 0.0))
-        now = self.now()
-        if now < until:
-            return  # calls that failed together count once
-        length_s = min(max(self.settings.suspect_s, 2 * length_s), self.settings.suspect_max_s)
-        self._suspects[node] = (now + length_s, length_s)
+        self.suspects.suspect(node)
+
+    def rest(self, node: str, seconds: float) -> None:
+        """The node asked to be left alone for that long: ask it last until then."""
+        self._resting[node] = max(self._resting.get(node, 0.0), self.now() + seconds)
 
     def trust(self, node: str) -> None:
         """The node answered."""
-        if self._suspects:
-            self._suspects.pop(node, None)
+        if self.suspects:
+            self.suspects.trust(node)
 
     def is_suspect(self, node: str) -> bool:
-        """Whether the node failed lately."""
-        suspicion = self._suspects.get(node)
-        return suspicion is not None and self.now() < suspicion[0]
+        """Whether the node failed lately, or asked to be left alone for now."""
+        return node in self.suspects or (bool(self._resting) and self._rests(node))
+
+    def _rests(self, node: str) -> bool:
+        until = self._resting.get(node)
+        if until is not None and until <= self.now():
+            del self._resting[node]
+            return False
+        return until is not None
+
+    def attempt_timeout_s(self, node: str, *, hasty: bool) -> float:
+        """How long the node may take before the next one is asked. `hasty`: less, if it failed a short while ago."""
+        settings = self.settings
+        if hasty and self.suspects and self.suspects.on_probation(node):
+            return min(settings.probation_timeout_s, settings.attempt_timeout_s)
+        return settings.attempt_timeout_s
 
     def remember(self, timeline: bytes, version: int) -> None:
         """Note a version that the timeline has reached."""

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..carriers.base import CallError, Carrier
 from ..counters import Counters
 from ..errors import Corrupt, InvalidRequest, TimeTierError, Unavailable
+from ..gate import overloaded
 from ..messages import (
     BlockBytes,
     BlockRead,
@@ -48,10 +50,12 @@ from ..messages import (
 )
 from ..topology import Topology
 from .block import checksum
+from .files import Files as FileAccess
 from .store import ColdStore, check_name
 
 MAX_QUEUED_READS = 1_024
 MAX_QUEUED_WRITES = 64
+MAX_QUEUED_BYTES = 128 << 20  # of pieces to be written
 MAX_REPAIRS = 10_000
 REPAIR_ATTEMPTS = 5
 _COPY_PIECE_BYTES = 4 << 20
@@ -79,16 +83,19 @@ class _Lane:
     pool: ThreadPoolExecutor
     limit: int
     waiting: int = 0
+    nbytes: int = 0
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Result of `work` in a thread. Raises Unavailable when too many wait."""
-        if self.waiting >= self.limit:
-            raise Unavailable(f"{self.waiting} requests wait for the disks of this node", retry_after_s=0.1)
+    async def run(self, work: Callable[[], T], nbytes: int = 0) -> T:
+        """Result of `work` in a thread, which holds `nbytes` meanwhile. Raises Unavailable when too much waits."""
+        if self.waiting >= self.limit or (self.nbytes and self.nbytes + nbytes > MAX_QUEUED_BYTES):
+            raise overloaded(f"{self.waiting} requests of {self.nbytes} bytes wait for the disks of this node")
         self.waiting += 1
+        self.nbytes += nbytes
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
             self.waiting -= 1
+            self.nbytes -= nbytes
 
 
 class ColdService:
@@ -109,7 +116,11 @@ class ColdService:
         disks: int,
         read_threads: int,
         counters: Counters,
+        files: FileAccess | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
+        """`files`, `clock`, `wall_s`: as in `ColdStore`. Raises InvalidRequest."""
         if read_threads < 1:
             raise InvalidRequest(f"read_threads={read_threads}: pass 1 or more")
         self.name = name
@@ -122,6 +133,7 @@ class ColdService:
         self.counters = counters
         self._reads = _Lane(ThreadPoolExecutor(read_threads, f"{name}-read"), MAX_QUEUED_READS)
         self._writes = _Lane(ThreadPoolExecutor(1, f"{name}-write"), MAX_QUEUED_WRITES)
+        self._open = lambda: ColdStore(self.folder, disks, files=files, clock=clock, wall_s=wall_s)
         self._store: ColdStore | None = None
         self._state, self._reason = "starting", ""
         self._repairs: deque[Repair] = deque()
@@ -132,7 +144,7 @@ class ColdService:
     async def start(self) -> None:
         """Find the files and begin to serve; a folder that can't be used leaves the node refusing."""
         try:
-            self._store = await self._writes.run(lambda: ColdStore(self.folder, self.disks))
+            self._store = await self._writes.run(self._open)
         except TimeTierError as error:
             self._state, self._reason = "refused", error.message
             logger.error("%s refuses to serve: %s", self.name, error.message)
@@ -221,7 +233,8 @@ class ColdService:
         size, crc = await self._writes.run(
             lambda: store.write_piece(
                 message.file, message.disk, message.offset, message.data, last=message.last, crc=message.crc
-            )
+            ),
+            len(message.data),
         )
         self.counters.add("file_write_bytes", len(message.data))
         if message.last:
@@ -309,9 +322,7 @@ class ColdService:
         if len(piece.data) != repair.length or checksum(piece.data) != repair.crc:
             raise Corrupt(f"{repair.file}: {repair.length} bytes at {repair.offset} are damaged there too")
         if repair.whole:
-            loop = asyncio.get_running_loop()
-            pieces = self._pieces(peer, repair.file, piece.size, loop)
-            await asyncio.to_thread(store.replace, repair.file, piece.disk, pieces)
+            await self._copy_whole(store, peer, repair.file, piece.disk, piece.size)
         else:
             await self._writes.run(lambda: store.restore(repair.file, repair.offset, piece.data))
         if not await self._is_good(store, repair):
@@ -333,14 +344,17 @@ class ColdService:
             raise CallError(f"{peer} sent an unfit answer to FileRead")
         return answer
 
-    def _pieces(self, peer: str, file: str, size: int, loop: asyncio.AbstractEventLoop) -> Iterator[bytes]:
-        """The whole file of a peer, piece by piece. Runs in a thread of the writing, never on the loop."""
+    async def _copy_whole(self, store: ColdStore, peer: str, file: str, disk: int, size: int) -> None:
+        """Copy the whole file of a peer, piece by piece. Raises TimeTierError."""
         offset = 0
-        while offset < size:
-            length = min(_COPY_PIECE_BYTES, size - offset)
-            future = asyncio.run_coroutine_threadsafe(self._fetch(peer, file, offset, length), loop)
-            piece = future.result(2 * _PEER_TIMEOUT_S)
-            if len(piece.data) != length:
-                raise Corrupt(f"{file} is truncated on {peer} too", reason="short")
-            yield piece.data
-            offset += length
+        try:
+            while offset < size:
+                length = min(_COPY_PIECE_BYTES, size - offset)
+                piece = await self._fetch(peer, file, offset, length)
+                if len(piece.data) != length:
+                    raise Corrupt(f"{file} is truncated on {peer} too", reason="short")
+                await asyncio.to_thread(store.add_to_copy, file, disk, offset, piece.data)
+                offset += length
+            await asyncio.to_thread(store.finish_copy, file, disk)
+        finally:
+            await asyncio.to_thread(store.drop_copy, file, disk)

@@ -8,12 +8,12 @@ was once verified on this very disk. All methods block and may be called from se
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,15 @@ from typing import NamedTuple
 import google_crc32c
 
 from ..errors import Corrupt, InvalidRequest, TooLarge, Unavailable
-from .block import FileIndex, checksum, read_index
+from .block import FileIndex, checksum
+from .files import Files, OpenFile, SystemFiles
 
 MAX_PIECE_BYTES = 32 << 20
 MAX_FILE_BYTES = 64 << 30
 LIST_PAGE = 1_000
 _OPEN_PARTS = 16
 _STALE_PART_S = 60.0
+_RETRY_AFTER_S = 1.0  # after an error of a disk
 _CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _PART = ".part"
@@ -67,12 +69,26 @@ def check_name(file: str) -> str:
 class ColdStore:
     """Cold files in `folder`, spread over `disks` folders `disk-0`, `disk-1`, ... (one for each physical disk)."""
 
-    def __init__(self, folder: Path | str, disks: int) -> None:
-        """Find the files that are there; drop what was left half written. Raises Unavailable, InvalidRequest."""
+    def __init__(
+        self,
+        folder: Path | str,
+        disks: int,
+        *,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        """Find the files that are there; drop what was left half written. Raises Unavailable, InvalidRequest.
+
+        `files`: None for those of the operating system. `clock`: monotonic seconds. `wall_s`: seconds since 1970.
+        """
         if disks < 1:
             raise InvalidRequest(f"disks={disks}: pass 1 or more")
         self.folder = Path(folder)
         self.disks = disks
+        self._system = files or SystemFiles()
+        self._clock = clock
+        self._wall_s = wall_s
         self._lock = threading.Lock()  # guards the two dicts
         self._writing = threading.Lock()  # one writer at a time: pieces of a file come in order
         self._files: dict[str, StoredFile] = {}
@@ -83,13 +99,13 @@ class ColdStore:
 
     def _open_disk(self, disk: int) -> None:
         place = self._disk_folder(disk)
-        place.mkdir(parents=True, exist_ok=True)
-        for path in sorted(place.iterdir()):
-            if path.name.endswith(_PART):
-                path.unlink()
-            elif _NAME.fullmatch(path.name) and path.name not in self._files and path.is_file():
-                facts = path.stat()
-                self._files[path.name] = StoredFile(disk, facts.st_size, facts.st_mtime)
+        self._system.make_folder(place)
+        for name in self._system.list_files(place):
+            if name.endswith(_PART):
+                self._system.remove(place / name)
+            elif _NAME.fullmatch(name) and name not in self._files:
+                facts = self._system.facts(place / name)
+                self._files[name] = StoredFile(disk, facts.size, facts.modified_ns / 1e9)
 
     # ------------------------------------------------------------ writing
 
@@ -103,20 +119,27 @@ class ColdStore:
         self._check_piece(check_name(file), disk, offset, data)
         with self._writing, self._errors(f"write {file} to disk-{disk}"):
             part = self._part_for(file, disk, offset)
-            path = self._part_path(file, part.disk)
-            flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0)
-            with _opened(path, flags) as descriptor:
-                _write_all(descriptor, data, offset)
-                part.size = max(part.size, offset + len(data))
-                part.touched = time.monotonic()
-                if not last:
-                    return part.size, 0
-                if offset + len(data) != part.size:
-                    raise InvalidRequest(f"{file}: the last piece ends at {offset + len(data)}, not at {part.size}")
-                os.fsync(descriptor)
-                found = _crc_from_disk(descriptor, part.size)
-            self._finish(file, part, found, crc)
-            return part.size, found
+            try:
+                return self._write(file, part, offset, data, last=last, crc=crc)
+            except OSError:
+                # Its sender begins again, and on a full disk what is there would take the room of others meanwhile.
+                with contextlib.suppress(OSError):
+                    self._drop_part(file)
+                raise
+
+    def _write(self, file: str, part: _Part, offset: int, data: bytes, *, last: bool, crc: int) -> tuple[int, int]:
+        with self._system.open(self._part_path(file, part.disk), create=True, empty=offset == 0) as opened:
+            opened.write(data, offset)
+            part.size = max(part.size, offset + len(data))
+            part.touched = self._clock()
+            if not last:
+                return part.size, 0
+            if offset + len(data) != part.size:
+                raise InvalidRequest(f"{file}: the last piece ends at {offset + len(data)}, not at {part.size}")
+            opened.sync()
+            found = _crc_from_disk(opened, part.size)
+        self._finish(file, part, found, crc)
+        return part.size, found
 
     def _check_piece(self, file: str, disk: int, offset: int, data: bytes) -> None:
         if not 0 <= disk < self.disks:
@@ -134,18 +157,18 @@ class ColdStore:
             if part is not None:
                 self._drop_part(file)
             self._make_room()
-            part = self._parts[file] = _Part(disk, 0, time.monotonic())
+            part = self._parts[file] = _Part(disk, 0, self._clock())
         if part.disk != disk or offset > part.size:
             raise InvalidRequest(f"{file}: a piece at {offset} of disk-{disk}; disk-{part.disk} has {part.size} bytes")
         return part
 
     def _make_room(self) -> None:
-        if len(self._parts) < _OPEN_PARTS:
-            return
-        stalest = min(self._parts, key=lambda name: self._parts[name].touched)
-        if time.monotonic() - self._parts[stalest].touched < _STALE_PART_S:
+        """Drop what nobody writes any more, before another file is begun."""
+        now = self._clock()
+        for name in [name for name, part in self._parts.items() if now - part.touched >= _STALE_PART_S]:
+            self._drop_part(name)
+        if len(self._parts) >= _OPEN_PARTS:
             raise Unavailable(f"{_OPEN_PARTS} files are being written at once", retry_after_s=_STALE_PART_S)
-        self._drop_part(stalest)
 
     def _finish(self, file: str, part: _Part, found: int, crc: int) -> None:
         """Give a complete part its name, or drop it."""
@@ -153,10 +176,10 @@ class ColdStore:
             self._drop_part(file)
             raise InvalidRequest(f"{file}: {part.size} bytes on disk have checksum {found:08x}, not {crc:08x}")
         present = self._files.get(file)
-        if present is not None and self._path(file, present.disk).exists():
-            with _opened(self._path(file, present.disk), os.O_RDONLY) as descriptor:
-                same = os.fstat(descriptor).st_size == part.size
-                same = same and _crc_from_disk(descriptor, part.size) == crc
+        if present is not None and self._system.exists(self._path(file, present.disk)):
+            with self._system.open(self._path(file, present.disk)) as opened:
+                same = opened.facts().size == part.size
+                same = same and _crc_from_disk(opened, part.size) == crc
             self._drop_part(file)
             if not same:
                 raise InvalidRequest(f"{file} exists with other content: choose another name")
@@ -166,14 +189,14 @@ class ColdStore:
 
     def _name(self, source: Path, file: str, part: _Part) -> None:
         path = self._path(file, part.disk)
-        source.replace(path)
-        _sync_folder(path.parent)
+        self._system.rename(source, path)
+        self._system.sync_folder(path.parent)
         with self._lock:
-            self._files[file] = StoredFile(part.disk, part.size, path.stat().st_mtime)
+            self._files[file] = StoredFile(part.disk, part.size, self._system.facts(path).modified_ns / 1e9)
 
     def _drop_part(self, file: str) -> None:
         part = self._parts.pop(file)
-        self._part_path(file, part.disk).unlink(missing_ok=True)
+        self._system.remove(self._part_path(file, part.disk))
 
     # ------------------------------------------------------------ reading
 
@@ -202,8 +225,8 @@ class ColdStore:
             raise InvalidRequest(f"{length} bytes at {offset}: pass an offset >= 0 and 1 to {most} bytes")
         path = self._path(file, self.find(file).disk)
         try:
-            with self._errors(f"read {file}", may_miss=True), _opened(path, os.O_RDONLY) as descriptor:
-                return os.pread(descriptor, length, offset)
+            with self._errors(f"read {file}", may_miss=True), self._system.open(path) as opened:
+                return opened.read(length, offset)
         except FileNotFoundError:
             raise _missing(file, path.parent.name) from None
 
@@ -221,7 +244,7 @@ class ColdStore:
         path = self._path(file, stored.disk)
         try:
             with self._errors(f"read {file}", may_miss=True):
-                return stored, read_index(str(path))
+                return stored, self._system.index(path)
         except FileNotFoundError:
             raise _missing(file, path.parent.name) from None
 
@@ -230,7 +253,7 @@ class ColdStore:
         with self._lock:
             names = sorted(name for name in self._files if name > cursor)
             page = [(name, self._files[name]) for name in names[:limit]]
-        now = time.time()
+        now = self._wall_s()
         entries = [FileEntry(name, stored.size, max(0, int(now - stored.modified))) for name, stored in page]
         return entries, len(names) > limit
 
@@ -250,50 +273,68 @@ class ColdStore:
             if stored is None:
                 return False
             path = self._path(file, stored.disk)
-            path.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            self._system.remove(path)
+            self._system.sync_folder(path.parent)
             return True
 
     def restore(self, file: str, offset: int, data: bytes) -> None:
         """Write good bytes over damaged ones, in place, and read them back. Raises Corrupt, Unavailable."""
         path = self._path(file, self.find(file).disk)
-        with self._writing, self._errors(f"restore {file}"), _opened(path, os.O_RDWR) as descriptor:
-            facts = os.fstat(descriptor)
-            if offset + len(data) > facts.st_size:
-                raise Corrupt(f"{file} is truncated at {facts.st_size}", reason="short")
-            _write_all(descriptor, data, offset)
-            os.fsync(descriptor)
-            os.utime(descriptor, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # the age of a file is that of its rows
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            if os.pread(descriptor, len(data), offset) != data:
+        with self._writing, self._errors(f"restore {file}"), self._system.open(path, write=True) as opened:
+            facts = opened.facts()
+            if offset + len(data) > facts.size:
+                raise Corrupt(f"{file} is truncated at {facts.size}", reason="short")
+            opened.write(data, offset)
+            opened.sync()
+            opened.set_modified(facts.modified_ns)  # the age of a file is that of its rows
+            opened.forget()
+            if opened.read(len(data), offset) != data:
                 raise Unavailable(f"{file}: disk-{self.find(file).disk} does not keep what is written to it")
 
-    def replace(self, file: str, disk: int, pieces: Iterator[bytes]) -> None:
-        """Put a whole copy in the place of a missing or truncated file, after it was found good.
+    def add_to_copy(self, file: str, disk: int, offset: int, data: bytes) -> None:
+        """Write a piece of a whole copy that is to take the place of a missing or truncated file, from 0 on.
 
-        `disk`: where to put it if it is on no disk. The copy is checked by its own index. Raises Corrupt if the
-        copy is damaged too, Unavailable; whatever `pieces` raises.
+        `disk`: where to put it if the file is on no disk. The copy counts only after `finish_copy`; one at a time of
+        a file. Raises Unavailable.
         """
-        with self._lock:
-            stored = self._files.get(check_name(file))
-        part = _Part(stored.disk if stored else disk % self.disks, 0, time.monotonic())
-        copy = self._disk_folder(part.disk) / f"{file}.copy{_PART}"  # apart from what the sink may be writing
+        with (
+            self._errors(f"restore {file}"),
+            self._system.open(self._copy_path(file, disk), create=True, empty=offset == 0) as opened,
+        ):
+            opened.write(data, offset)
+
+    def finish_copy(self, file: str, disk: int) -> None:
+        """Put the copy in the place of the file, after it was found good by its own index, or drop it.
+
+        Raises Corrupt if the copy is damaged too, Unavailable.
+        """
+        copy = self._copy_path(file, disk)  # apart from what the sink may be writing
         with self._errors(f"restore {file}"):
             try:
-                with _opened(copy, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
-                    for piece in pieces:
-                        _write_all(descriptor, piece, part.size)
-                        part.size += len(piece)
-                    os.fsync(descriptor)
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                    for entry in read_index(str(copy)).blocks:
-                        data = os.pread(descriptor, entry.length, entry.offset)
-                        if checksum(data) != entry.crc:
+                with self._system.open(copy, write=True) as opened:
+                    opened.sync()
+                    opened.forget()
+                    for entry in self._system.index(copy).blocks:
+                        if checksum(opened.read(entry.length, entry.offset)) != entry.crc:
                             raise Corrupt(f"{file}: the copy's block at {entry.offset} is damaged", reason="checksum")
+                    part = _Part(self._copy_disk(file, disk), opened.facts().size, self._clock())
                 with self._writing:
                     self._name(copy, file, part)
             finally:
-                copy.unlink(missing_ok=True)
+                self._system.remove(copy)
+
+    def drop_copy(self, file: str, disk: int) -> None:
+        """Remove a copy that will not be finished; no error if there is none. Raises Unavailable."""
+        with self._errors(f"remove a copy of {file}"):
+            self._system.remove(self._copy_path(file, disk))
+
+    def _copy_disk(self, file: str, disk: int) -> int:
+        with self._lock:
+            stored = self._files.get(check_name(file))
+        return stored.disk if stored else disk % self.disks
+
+    def _copy_path(self, file: str, disk: int) -> Path:
+        return self._disk_folder(self._copy_disk(file, disk)) / f"{file}.copy{_PART}"
 
     # ------------------------------------------------------------ paths and errors
 
@@ -316,45 +357,21 @@ class ColdStore:
                 raise
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full: free some space or add disks" if full else f"I/O error: {error.strerror}"
-            raise Unavailable(f"can't {what} in {self.folder}: {reason}") from error
+            raise Unavailable(f"can't {what} in {self.folder}: {reason}", retry_after_s=_RETRY_AFTER_S) from error
 
 
 def _missing(file: str, place: str) -> Corrupt:
     return Corrupt(f"{file} is missing on {place}", reason="missing")
 
 
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _crc_from_disk(descriptor: int, size: int) -> int:
+def _crc_from_disk(opened: OpenFile, size: int) -> int:
     """CRC32C of a file that was fsync'd, read from the disk."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    opened.forget()
     crc = offset = 0
     while offset < size:
-        chunk = os.pread(descriptor, _CHUNK_BYTES, offset)
+        chunk = opened.read(_CHUNK_BYTES, offset)
         if not chunk:
             raise OSError(errno.EIO, f"the file ends at {offset}, not at {size}")
         crc = int(google_crc32c.extend(crc, chunk))
         offset += len(chunk)
     return crc
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

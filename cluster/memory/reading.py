@@ -41,6 +41,7 @@ from ..routing import Routing
 from .answering import Answering
 from .block_reads import BlockReader
 from .hot_cold import StartOver
+from .incarnations import Incarnations
 from .page_cache import BlockCache, PageCache
 from .pages import Page
 from .requests import Outgoing, Read, Slot, take_checked, take_versions
@@ -48,7 +49,7 @@ from .steps import Job, ReaderSettings, ReadScript, Step
 from .suspicion import Suspicion
 from .votes import PROVEN, SHORT, Verdict
 
-_MAX_BLOCKS_HELD = 16  # decoded blocks that one script gathers at a time
+_MAX_BLOCKS_HELD = 8  # decoded blocks that one script gathers at a time
 
 
 class Reader:
@@ -75,6 +76,7 @@ class Reader:
         self._clock = clock
         self._random = random
         self._settling: set[bytes] = set()
+        self._incarnations = Incarnations()
         self._block_reader = BlockReader(
             routing,
             blocks,
@@ -115,6 +117,7 @@ class Reader:
     def _slot(self, timeline: bytes, page: Page | None, reads: list[Read], *, warm: bool = False) -> Slot:
         """A timeline at the start of a strong read."""
         slot = Slot(timeline, self.suspicion.last(self._routing.storage_order(timeline)), page, reads)
+        slot.generation = self._incarnations.generation
         slot.plan_rows(self.settings.page_items, fetch_page=warm)
         slot.check_at = slot.order[0]
         slot.ask_at = slot.order[1 : len(slot.order) // 2 + 1]
@@ -132,12 +135,16 @@ class Reader:
         calls: list[Call] = []
         asked: list[list[Slot]] = []
         timeout_s = self._timeout_s(slots)
+        # Only at first: who is asked again must not fail for want of time alone.
+        short_s = timeout_s if any(slot.rounds for slot in slots) else self.settings.probation_timeout_s
+        now = self._clock()
         for node, out in outgoing.items():
+            node_s = self.suspicion.timeout_s(node, now, timeout_s, short_s)
             if out.checks:
-                calls.append(Call(node, out.check(), timeout_s))
+                calls.append(Call(node, out.check(), node_s))
                 asked.append(out.checks)
             if out.asks:
-                calls.append(Call(node, out.ask(), timeout_s))
+                calls.append(Call(node, out.ask(), node_s))
                 asked.append(out.asks)
         self.counters.add("version_checks", sum(map(len, asked)))
         replies = yield calls
@@ -164,6 +171,8 @@ class Reader:
     def _take(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         """Note what a node answered, or that it did not."""
         try:
+            if isinstance(reply, Checked | Versions) and not self._incarnations.is_current(node, reply.incarnations):
+                raise ProtocolError(f"{node} answers for an incarnation that was replaced")
             if isinstance(reply, Checked):
                 take_checked(node, reply, slots)
             elif isinstance(reply, Versions):
@@ -197,7 +206,8 @@ class Reader:
             slot.failed.add(node)
             slot.why = why
         self.counters.add("node_failures")
-        self.suspicion.suspect(node, self._clock(), AskVersions([slots[0].timeline]))
+        if not (isinstance(reply, Failure) and reply.fields.get("busy")):  # who refuses for overload is alive
+            self.suspicion.suspect(node, self._clock(), AskVersions([slots[0].timeline]))
 
     def _probe(self, node: str, question: Message) -> ReadScript:
         """See whether a suspected node is back."""
@@ -208,8 +218,10 @@ class Reader:
 
     # ------------------------------------------------------------ when one round was not enough
 
-    @staticmethod
-    def _verdict(slot: Slot) -> Verdict:
+    def _verdict(self, slot: Slot) -> Verdict:
+        if slot.generation != self._incarnations.generation:
+            slot.generation = self._incarnations.generation
+            slot.votes.answers.clear()
         if slot.proven < 0:
             return slot.votes.verdict()
         # A settled Prepare proves as much as a majority of answers.
@@ -228,7 +240,7 @@ class Reader:
             verdict = self._verdict(slot)
             if self._plan_round(slot, verdict):
                 if slot.alone:
-                    step.then.append(Job(self._round([slot]), slot.reads))
+                    step.then.append(Job(self._round([slot]), slot.reads, heavy=True))
                 else:
                     at_once.append(slot)
             elif verdict.state == SHORT or not slot.waited:
@@ -395,7 +407,7 @@ class Reader:
         self._keep(work)
         work.reads = self._in_time(work.reads, "older items or cold blocks were not read in time", step)
         if work.reads and work.pending:
-            step.then.append(Job(self._fetch(work), work.reads))
+            step.then.append(Job(self._fetch(work), work.reads, heavy=True))
         elif work.reads:
             for page, reads in work.deepen():
                 step.then.append(Job(self._round([self._slot(work.slot.timeline, page, reads)]), reads))

@@ -100,6 +100,7 @@ class Slot:
         "data",
         "data_version",
         "failed",
+        "generation",
         "known",
         "order",
         "page",
@@ -124,6 +125,7 @@ class Slot:
         self.reads = reads
         self.rows: list[Row] = []
         self.votes = Votes(len(order))
+        self.generation = 0  # of `Incarnations` when its votes began
         self.proven = -1  # a version that a settled Prepare has proven, and at which node
         self.proven_at = ""
         self.data: list[RowAnswer] | None = None

@@ -23,6 +23,7 @@ from ..counters import Counters
 from ..drive import drive
 from ..effects import Script
 from ..errors import Corrupt, InvalidRequest, TimeTierError, TooLarge, Unavailable
+from ..gate import overloaded
 from ..keys import MAX_BATCH_ITEMS
 from ..messages import (
     CORRUPT,
@@ -60,19 +61,22 @@ _FAST_BATCH_READS = 4_096
 _FILL_BATCH_READS = 256
 _FILL_BATCHES = 4
 _MAX_BATCHES = 16
+_MAX_FILL_BATCHES = 8  # each may hold an answer of tens of MiB
 _STALL_S = 0.02
 _MAX_JOBS = 128
-_RETRY_AFTER_S = 0.05
+_MAX_HEAVY_JOBS = 16
 _MIN_KEY_BYTES, _MAX_KEY_BYTES = 8, 8 + 2 * 255 + 2
 
 
 class _Ticket:
-    """One message: how many of its reads are left, and a future that is done when none is."""
+    """One message: how many of its reads are left, the bytes of answers that it holds meanwhile, and a future that is
+    done when none is left."""
 
-    __slots__ = ("future", "left")
+    __slots__ = ("future", "left", "nbytes")
 
     def __init__(self, reads: list[Read]) -> None:
         self.left = len(reads)
+        self.nbytes = 0
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for read in reads:
             read.ticket = self
@@ -102,13 +106,15 @@ class CacheService:
         page_items: int = 64,
         block_cache_bytes: int = 64 << 20,
         max_queued_requests: int = 50_000,
+        max_queued_bytes: int = 256 << 20,
         counters: Counters | None = None,
         seed: int = 0,
         settings: ReaderSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`budget_bytes`: memory for pages; 0 keeps none. `max_queued_requests`: reads in this node at a time, beyond
-        which it refuses with `Unavailable`. `settings` overrides all other times and limits; `page_items` goes into
+        which it refuses with `Unavailable`; `max_queued_bytes`: of answers that wait for the rest of their message,
+        beyond which a read fails. `settings` overrides all other times and limits; `page_items` goes into
         them when they are not given. `clock`: monotonic seconds. Raises InvalidRequest.
         """
         for argument, value in (("budget_bytes", budget_bytes), ("block_cache_bytes", block_cache_bytes)):
@@ -138,23 +144,31 @@ class CacheService:
             counters=self.counters,
         )
         self._max_queued_requests = max_queued_requests
+        self._max_queued_bytes = max_queued_bytes
         self._open = 0  # reads without an answer yet
+        self._answer_bytes = 0  # of answers that are not from pages in memory
         self._serving = True
         self._tickets: set[_Ticket] = set()
-        self._fast = self._lane(parallel=1, batch_reads=_FAST_BATCH_READS, one_per_timeline=False)
-        self._fill = self._lane(parallel=_FILL_BATCHES, batch_reads=_FILL_BATCH_READS, one_per_timeline=True)
-        self._jobs: deque[Job] = deque()
-        self._job_tasks: set[asyncio.Task[None]] = set()
-
-    def _lane(self, *, parallel: int, batch_reads: int, one_per_timeline: bool) -> ReadLane:
-        return ReadLane(
-            self._run_batch,
-            parallel=parallel,
-            batch_reads=batch_reads,
+        self._fast = ReadLane(
+            self._run_fast_batch,
+            parallel=1,
+            batch_reads=_FAST_BATCH_READS,
             max_batches=_MAX_BATCHES,
             stall_s=_STALL_S,
-            one_per_timeline=one_per_timeline,
+            one_per_timeline=False,
         )
+        self._fill = ReadLane(
+            self._run_fill_batch,
+            parallel=_FILL_BATCHES,
+            batch_reads=_FILL_BATCH_READS,
+            max_batches=_MAX_FILL_BATCHES,
+            stall_s=_STALL_S,
+            one_per_timeline=True,
+        )
+        self._jobs: deque[Job] = deque()
+        self._heavy_jobs: deque[Job] = deque()
+        self._job_tasks: set[asyncio.Task[None]] = set()
+        self._heavy_tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------ as a Service
 
@@ -197,9 +211,10 @@ class CacheService:
         """Give up all reads; those that wait get Unavailable."""
         self._serving = False
         self._jobs.clear()
+        self._heavy_jobs.clear()
         for ticket in self._tickets:
             ticket.give_up()
-        tasks = list(self._job_tasks)
+        tasks = [*self._job_tasks, *self._heavy_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -214,6 +229,7 @@ class CacheService:
         counters.set("block_bytes", self._blocks.nbytes)
         counters.set("evictions", self._cache.evictions)
         counters.set("queue", self._open)
+        counters.set("answer_bytes", self._answer_bytes)
 
     # ------------------------------------------------------------ requests
 
@@ -285,9 +301,8 @@ class CacheService:
             raise Unavailable(f"{self.name} is stopping")
         if self._open + len(reads) > self._max_queued_requests:
             self.counters.add("refused", len(reads))
-            raise Unavailable(
-                f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}",
-                retry_after_s=_RETRY_AFTER_S,
+            raise overloaded(
+                f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}"
             )
         self._open += len(reads)
         ticket = _Ticket(reads)
@@ -308,14 +323,22 @@ class CacheService:
             self.counters.add("timeouts", ticket.left)
         finally:
             self._tickets.discard(ticket)
+            ticket.give_up()  # answers that come now count for nobody
+            self._answer_bytes -= ticket.nbytes
 
     # ------------------------------------------------------------ batches and jobs
 
-    async def _run_batch(self, reads: list[Read]) -> None:
-        await self._run(self._reader.batch(reads), reads)
+    async def _run_fast_batch(self, reads: list[Read]) -> None:
+        await self._run(self._reader.batch(reads), reads, counted=False)
 
-    async def _run(self, script: Script[Step], reads: list[Read]) -> None:
-        """Carry out a script for `reads`. Raises nothing but cancellation; every read gets an answer or goes on."""
+    async def _run_fill_batch(self, reads: list[Read]) -> None:
+        await self._run(self._reader.batch(reads), reads, counted=True)
+
+    async def _run(self, script: Script[Step], reads: list[Read], *, counted: bool) -> None:
+        """Carry out a script for `reads`. Raises nothing but cancellation; every read gets an answer or goes on.
+
+        `counted`: answers take memory of their own, beside the pages that are kept.
+        """
         try:
             step = await drive(script, self._carrier)
         except asyncio.CancelledError:
@@ -329,9 +352,11 @@ class CacheService:
             )
             return
         for read in step.done:
+            if counted:
+                self._count_answer(read)
             self._done(read)
         for job in step.then:
-            self._jobs.append(job)
+            (self._heavy_jobs if job.heavy else self._jobs).append(job)
         self._start_jobs()
         self._measure()
 
@@ -341,6 +366,18 @@ class CacheService:
                 read.answer = error
             self._done(read)
 
+    def _count_answer(self, read: Read) -> None:
+        """Count an answer until its message is answered, or drop it if there is no room for it."""
+        ticket, size = read.ticket, _answer_bytes(read)
+        if not isinstance(ticket, _Ticket) or ticket.future.done() or not size:
+            return
+        if ticket.nbytes + size > MAX_ANSWER_BYTES or self._answer_bytes + size > self._max_queued_bytes:
+            self.counters.add("refused")
+            read.answer = overloaded(f"{self.name} holds {self._answer_bytes} bytes of answers already")
+            return
+        ticket.nbytes += size
+        self._answer_bytes += size
+
     def _done(self, read: Read) -> None:
         ticket = read.ticket
         if isinstance(ticket, _Ticket):
@@ -349,17 +386,21 @@ class CacheService:
             ticket.one_done()
 
     def _start_jobs(self) -> None:
-        while self._jobs and len(self._job_tasks) < _MAX_JOBS and self._serving:
-            job = self._jobs.popleft()
-            task = asyncio.create_task(self._run_job(job))
-            self._job_tasks.add(task)
-            task.add_done_callback(self._job_finished)
+        for jobs, tasks, most in (
+            (self._jobs, self._job_tasks, _MAX_JOBS),
+            (self._heavy_jobs, self._heavy_tasks, _MAX_HEAVY_JOBS),
+        ):
+            while jobs and len(tasks) < most and self._serving:
+                task = asyncio.create_task(self._run_job(jobs.popleft()))
+                tasks.add(task)
+                task.add_done_callback(self._job_finished)
 
     def _run_job(self, job: Job) -> Coroutine[Any, Any, None]:
-        return self._run(job.script, job.reads)
+        return self._run(job.script, job.reads, counted=True)
 
     def _job_finished(self, task: asyncio.Task[None]) -> None:
         self._job_tasks.discard(task)
+        self._heavy_tasks.discard(task)
         self._start_jobs()
 
 
@@ -369,6 +410,13 @@ def _is_timeline(key: bytes) -> bool:
         return False
     end = 5 + key[4]
     return len(key) > end and len(key) == end + 1 + key[end]
+
+
+def _answer_bytes(read: Read) -> int:
+    answer = read.answer
+    if isinstance(answer, PageAnswer):
+        return sum(map(len, answer.items.keys)) + sum(map(len, answer.items.values)) + 100 * len(answer.items.keys)
+    return len(answer.value) if isinstance(answer, ItemAnswer) else 0
 
 
 def _outcome(read: Read) -> int:

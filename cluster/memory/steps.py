@@ -16,6 +16,7 @@ class ReaderSettings:
     `max_page_items`, `max_page_bytes`: what a kept page may grow to.
     `attempt_timeout_s`: how long a node may take before another one is asked; doubles with each round of one read.
     `suspect_s`, `suspect_max_s`: how long a node that failed is left alone, doubling.
+    `probation_timeout_s`: how long a node that failed a short while ago may take before another one is asked.
     `back_off_s`, `back_off_max_s`: bound of the random pause before asking again or settling, doubling.
     `settle_timeout_s`: how long one replica may take to settle an entry.
     `max_restarts`: how often a read starts over because a block's file is gone.
@@ -27,6 +28,7 @@ class ReaderSettings:
     attempt_timeout_s: float = 0.3
     suspect_s: float = 1.0
     suspect_max_s: float = 8.0
+    probation_timeout_s: float = 0.1
     back_off_s: float = 0.002
     back_off_max_s: float = 0.2
     settle_timeout_s: float = 1.0
@@ -35,10 +37,11 @@ class ReaderSettings:
 
 @dataclass(slots=True)
 class Job:
-    """A script, and the reads that wait for it (none, for a probe)."""
+    """A script, and the reads that wait for it (none, for a probe). `heavy`: it holds blocks, or a large answer."""
 
     script: Script[Step]
     reads: list[Read]
+    heavy: bool = False
 
 
 @dataclass(slots=True)

@@ -2,54 +2,100 @@
 
 A node that brought no answer is asked last. It stays suspected until it has answered something: one small question
 of its own finds that out, so that no request waits for it.
+
+A node that goes up and down every second or two would be trusted and fail again and again. So what failed before is
+not forgotten at once: each *relapse* makes the pause before the next question four times as long, and a node *on
+probation* gets less time to answer than others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..messages import Message
+
+_RELAPSE_FACTOR = 4
+
+
+@dataclass(slots=True)
+class _Record:
+    """`pause_s`: before the next probe, or the last one. `probe_at`: when the next one is, or would have been."""
+
+    pause_s: float
+    probe_at: float
+    probe: Message
+    suspected: bool = True
 
 
 class Suspicion:
     """Suspected nodes. Times are monotonic seconds."""
 
-    def __init__(self, *, first_s: float, longest_s: float) -> None:
-        """A node is asked again after `first_s`, then after twice as long each time, up to `longest_s`."""
+    def __init__(
+        self, *, first_s: float, longest_s: float, relapse_longest_s: float = 16.0, probation_s: float = 60.0
+    ) -> None:
+        """A node is asked again after `first_s`, then after twice as long each time, up to `longest_s`; after a
+        relapse four times as long, up to `relapse_longest_s`. Failures are forgotten after `probation_s`.
+        """
         self._first_s = first_s
         self._longest_s = longest_s
-        self._suspects: dict[str, tuple[float, float, Message]] = {}  # node -> (next probe, pause, probe)
+        self._relapse_longest_s = relapse_longest_s
+        self._probation_s = probation_s
+        self._records: dict[str, _Record] = {}
+        self._suspected = 0  # records of nodes that are suspected
 
     def __contains__(self, node: str) -> bool:
-        return node in self._suspects
+        record = self._records.get(node)
+        return record is not None and record.suspected
 
     def names(self) -> list[str]:
         """Suspected nodes."""
-        return sorted(self._suspects)
+        return sorted(node for node, record in self._records.items() if record.suspected)
 
     def suspect(self, node: str, now: float, probe: Message) -> None:
         """Note that a node brought no answer. `probe`: a small question that it ought to answer."""
-        known = self._suspects.get(node)
-        if known is None:
-            self._suspects[node] = (now + self._first_s, self._first_s, probe)
-        elif now >= known[0]:
-            pause_s = min(known[1] * 2, self._longest_s)
-            self._suspects[node] = (now + pause_s, pause_s, known[2])
+        record = self._records.get(node)
+        if record is None:
+            self._records[node] = _Record(self._first_s, now + self._first_s, probe)
+        elif record.suspected:
+            if now >= record.probe_at:
+                self._put_off(record, now)
+            return
+        else:
+            relapsed = now < record.probe_at + self._probation_s
+            pause_s = min(record.pause_s * _RELAPSE_FACTOR, self._relapse_longest_s) if relapsed else self._first_s
+            self._records[node] = _Record(pause_s, now + pause_s, probe)
+        self._suspected += 1
 
     def trust(self, node: str) -> None:
         """Note that a node answered."""
-        if self._suspects:
-            self._suspects.pop(node, None)
+        if self._suspected and node in self:
+            self._records[node].suspected = False
+            self._suspected -= 1
+
+    def timeout_s(self, node: str, now: float, usual_s: float, probation_s: float) -> float:
+        """How long a node may take: `usual_s`, or `probation_s` if it failed a short while ago."""
+        record = self._records.get(node) if self._records else None
+        if record is None or record.suspected or now >= record.probe_at + self._probation_s:
+            return usual_s
+        return min(usual_s, probation_s)
 
     def due(self, now: float) -> list[tuple[str, Message]]:
         """Nodes that are to be probed, with the question; each is given out once per pause."""
-        ready = [(node, item[2]) for node, item in self._suspects.items() if item[0] <= now]
-        for node, _ in ready:
-            _, pause_s, probe = self._suspects[node]
-            pause_s = min(pause_s * 2, self._longest_s)
-            self._suspects[node] = (now + pause_s, pause_s, probe)
-        return ready
+        if not self._suspected:
+            return []
+        ready = [
+            (node, record) for node, record in self._records.items() if record.suspected and record.probe_at <= now
+        ]
+        for _, record in ready:
+            self._put_off(record, now)
+        return [(node, record.probe) for node, record in ready]
 
     def last(self, nodes: list[str]) -> list[str]:
         """The same nodes in the same order, but the suspected ones last."""
-        if not self._suspects or not any(node in self._suspects for node in nodes):
+        if not self._suspected or not any(node in self for node in nodes):
             return nodes
-        return [n for n in nodes if n not in self._suspects] + [n for n in nodes if n in self._suspects]
+        return [n for n in nodes if n not in self] + [n for n in nodes if n in self]
+
+    def _put_off(self, record: _Record, now: float) -> None:
+        record.pause_s = max(record.pause_s, min(record.pause_s * 2, self._longest_s))
+        record.probe_at = now + record.pause_s

@@ -8,6 +8,8 @@ Rules (DESIGN section 3; Lamport, "Paxos Made Simple", 2001, with per-entry inst
 * Round 0 of entry e belongs to one life: the origin of chosen entry e-1, for e = 1 the replica of first priority in
   its first incarnation. The claim is checked against this replica's own entry e-1.
 * A peer's word that an entry is chosen counts only at the very ballot at which this replica accepted it.
+* What a replica that had lost its data copied from its peers (`learned`) is told in promises like an acceptance of
+  its own, and never counts as a vote.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ..messages import (
     Promise,
     Value,
 )
-from .core import Core, Timeline
+from .core import Core, Timeline, value_bytes
 from .rows import chore_key, decode_record, decode_row, encode_record, encode_row, log_key, row_key
 
 FIRST_INCARNATION = 1
@@ -51,8 +53,10 @@ class Acceptor:
             return
         if message.ballot > timeline.promised:
             self.promise(timeline, message.ballot)
-        answer = Promise(timeline.key, message.entry, message.ballot, timeline.accepted, self.accepted_value(timeline))
-        self.core.send(sender, answer, timeline.dirty)
+        value = self.accepted_value(timeline)
+        if value is None or self.core.has_room(value_bytes(value), timeline.dirty):
+            answer = Promise(timeline.key, message.entry, message.ballot, timeline.accepted, value)
+            self.core.send(sender, answer, timeline.dirty)
 
     def on_accept(self, timeline: Timeline, sender: int, message: Accept, now: float) -> None:
         """Accept, refuse, or see to it that whoever is behind catches up."""
@@ -65,7 +69,7 @@ class Acceptor:
             against = max(timeline.promised, timeline.accepted)
             self.core.send(sender, Nack(timeline.key, message.entry, ballot, against), timeline.dirty)
             return
-        if ballot != timeline.accepted:
+        if ballot != timeline.accepted or timeline.learned:
             self.accept(timeline, ballot, message.value)
         self.core.send(sender, Accepted(timeline.key, message.entry, ballot), timeline.dirty)
 
@@ -84,7 +88,7 @@ class Acceptor:
         if message.entry <= timeline.chosen:
             self.send_entries(timeline, sender, message.entry)
         else:
-            timeline.held = (sender, message)
+            self.core.hold(timeline, sender, message)
             self.fetch(timeline, sender, now)
         return False
 
@@ -113,9 +117,15 @@ class Acceptor:
         """Write `value` as the accepted one of entry chosen+1. Returns the engine batch to wait for."""
         entry = timeline.chosen + 1
         self._write_entry(timeline, entry, ballot, value)
-        timeline.accepted = ballot
-        timeline.value = value
+        timeline.accepted, timeline.learned = ballot, False
+        if entry == 1:
+            self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
         return timeline.dirty
+
+    def learn(self, timeline: Timeline, ballot: Ballot, value: Value) -> None:
+        """Write that somebody accepted `value` for entry chosen+1, as knowledge of a replica that lost its votes."""
+        self._write_entry(timeline, timeline.chosen + 1, ballot, value, vote=False)
+        timeline.accepted, timeline.learned = ballot, True
 
     def install(self, timeline: Timeline, ballot: Ballot, value: Value) -> None:
         """Write an entry that a peer knows to be chosen, and apply it."""
@@ -123,7 +133,7 @@ class Acceptor:
         timeline.accepted = ballot
         self.choose(timeline)
 
-    def _write_entry(self, timeline: Timeline, entry: int, ballot: Ballot, value: Value) -> None:
+    def _write_entry(self, timeline: Timeline, entry: int, ballot: Ballot, value: Value, *, vote: bool = True) -> None:
         """One log record and one row an item, in the pending batch; rows of a replaced value go with it."""
         engine, key = self.core.engine, timeline.key
         if timeline.record is not None and timeline.record.keys:
@@ -131,7 +141,7 @@ class Acceptor:
             for old in timeline.record.keys:
                 if old and old not in kept:
                     engine.delete(row_key(key, old, entry))
-        record = encode_record(ballot, value)
+        record = encode_record(ballot, value, vote=vote)
         engine.put(log_key(key, entry), record)
         for kind, item, content in zip(value.kinds, value.keys, value.values, strict=True):
             if kind != WIPE:
@@ -139,6 +149,7 @@ class Acceptor:
         if is_system(key) or WIPE in value.kinds:
             engine.put(chore_key(key, entry), b"")
         timeline.record = decode_record(record)
+        timeline.open_bytes = len(record) + sum(map(len, value.values))
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:
@@ -146,9 +157,11 @@ class Acceptor:
         record = timeline.record
         assert record is not None, "only an accepted entry can be applied"
         timeline.chosen += 1
+        timeline.log_bytes += timeline.open_bytes
         timeline.ballot, timeline.origin = timeline.accepted, record.origin
         timeline.accepted = timeline.promised = NO_BALLOT
-        timeline.record = timeline.value = None
+        timeline.record = None
+        timeline.learned = False
         if WIPE in record.kinds:
             timeline.wiped = timeline.chosen - 1
         self.core.unmarked[timeline.key] = timeline
@@ -165,12 +178,11 @@ class Acceptor:
     # ---- values and catching up by log
 
     def accepted_value(self, timeline: Timeline) -> Value | None:
-        """The value accepted for the open entry, put together from its record and rows."""
-        if timeline.record is None:
-            return None
-        if timeline.value is None:
-            timeline.value = self.read_value(timeline, timeline.chosen + 1)
-        return timeline.value
+        """The value accepted for the open entry, put together from its record and rows.
+
+        It is not kept in memory: open entries of writers that are gone would add up without a bound.
+        """
+        return None if timeline.record is None else self.read_value(timeline, timeline.chosen + 1)
 
     def read_value(self, timeline: Timeline, entry: int) -> Value:
         """Value of a log entry above the floor."""
@@ -206,7 +218,9 @@ class Acceptor:
         while last < timeline.chosen and len(values) < 256 and size < self.core.settings.transfer_bytes:
             last += 1
             value = self.read_value(timeline, last)
-            size += sum(map(len, value.values)) + 32 * len(value.keys) + 64
+            size += value_bytes(value)
             values.append(value)
+        if not self.core.has_room(size, timeline.dirty):
+            return
         ballot = timeline.ballot if last == timeline.chosen else NO_BALLOT
         self.core.send(peer, Entries(timeline.key, first, values, ballot, timeline.chosen), timeline.dirty)

@@ -22,6 +22,9 @@ from .rows import (
     version_of,
 )
 
+TRANSFER_TAILS = 16  # times `log_keep_entries` and `log_keep_bytes`, that a tail may grow to during a transfer
+MAX_SENDING = 1_000
+
 
 class CatchUp:
     """Both ends of catching up, for all timelines of one replica."""
@@ -30,16 +33,43 @@ class CatchUp:
         self.core = core
         self.acceptor = acceptor
         self._incoming_bytes = 0
+        self._sending: dict[bytes, int] = {}  # timelines that go out in pieces -> version that the receiver will have
         self._waiting: dict[int, set[bytes]] = {}  # bucket -> timelines whose state waits for its system timeline
 
     # ---- the end that has
 
     def on_fetch(self, timeline: Timeline, sender: int, message: Fetch) -> None:
-        """Answer with entries, or with a piece of state when the log does not reach back far enough."""
+        """Answer with entries, or with a piece of state when the log does not reach back far enough (never to 0)."""
         if message.first <= timeline.floor and message.first <= timeline.chosen:
             self._send_state(timeline, sender, message)
         else:
+            self._note_progress(timeline, message.first)
             self.acceptor.send_entries(timeline, sender, max(message.first, timeline.floor + 1))
+
+    def keeps_tail(self, timeline: Timeline) -> bool:
+        """Whether a state that is being sent needs the log tail as it is: its rows as of that version, and the entries
+        since. Else a large timeline that is written all the time would outrun its own transfer for ever.
+
+        For a number of entries and bytes that is bounded, so that who went away holds it up only so long.
+        """
+        since = self._sending.get(timeline.key)
+        if since is None:
+            return False
+        settings = self.core.settings
+        if (
+            timeline.chosen - since < TRANSFER_TAILS * settings.log_keep_entries
+            and timeline.log_bytes < TRANSFER_TAILS * settings.log_keep_bytes
+        ):
+            return True
+        del self._sending[timeline.key]
+        return False
+
+    def _note_progress(self, timeline: Timeline, first: int) -> None:
+        """Who was sent a state goes on with entries: as soon as the usual tail has all that it lacks, that will do."""
+        if timeline.key in self._sending:
+            self._sending[timeline.key] = max(first - 1, self._sending[timeline.key])
+            if timeline.chosen - first < self.core.settings.log_keep_entries:
+                del self._sending[timeline.key]
 
     def _send_state(self, timeline: Timeline, sender: int, message: Fetch) -> None:
         key = timeline.key
@@ -64,6 +94,12 @@ class CatchUp:
         needs = 0 if is_system(key) else self.core.timeline(system_timeline(bucket_of(key))).chosen
         ids = [] if following else self._recent_ids(timeline, version)
         exact = version == timeline.chosen
+        if following:
+            self._sending[key] = min(self._sending.get(key, version), version)
+            if len(self._sending) > MAX_SENDING:
+                del self._sending[next(iter(self._sending))]
+        if not self.core.has_room(size, timeline.dirty):
+            return
         self.core.counters.add("state_pieces_sent")
         self.core.send(
             sender,
@@ -94,6 +130,14 @@ class CatchUp:
 
     # ---- the end that lacks
 
+    def mend(self, timeline: Timeline, peer: int, now: float) -> None:
+        """Replace what this replica has of a timeline by what a peer has, also at the same version."""
+        if timeline.mending and now < timeline.asked_until:
+            return  # it is on its way
+        timeline.mending = True
+        timeline.asked_until = now + self.core.settings.fetch_timeout_s
+        self.core.send(peer, Fetch(timeline.key, 0))
+
     def on_entries(self, timeline: Timeline, sender: int, message: Entries, now: float) -> None:
         """Apply the entries that come next, and ask on if there is more."""
         timeline.asked_until = 0.0
@@ -103,6 +147,7 @@ class CatchUp:
                 last = offset == len(message.values) - 1
                 self.acceptor.install(timeline, message.ballot if last else NO_BALLOT, value)
                 self.core.counters.add("entries_fetched")
+                self.core.counters.add("catch_up_bytes", sum(map(len, value.values)) + sum(map(len, value.keys)))
         if message.chosen > timeline.chosen:
             self.acceptor.fetch(timeline, sender, now)
         self._release(timeline, now)
@@ -111,7 +156,7 @@ class CatchUp:
         """Gather the pieces; install them when complete."""
         timeline.asked_until = 0.0
         incoming = timeline.incoming
-        if message.version <= timeline.chosen:
+        if message.version < max(timeline.chosen + (not timeline.mending), 1):
             self._forget(timeline)
             self._release(timeline, now)
             return
@@ -132,6 +177,7 @@ class CatchUp:
         incoming.rows.extend(zip(message.row_keys, message.rows, strict=True))
         incoming.size += size
         self._incoming_bytes += size
+        self.core.counters.add("catch_up_bytes", size)
         incoming.needs_system = max(incoming.needs_system, message.needs_system)
         if message.next:
             incoming.expected = message.next
@@ -159,12 +205,16 @@ class CatchUp:
         self._release(timeline, now)
 
     def _install(self, timeline: Timeline, incoming: Incoming) -> None:
-        """Replace everything that is known of the timeline, in one write."""
-        assert incoming.version > timeline.chosen, "a state never takes a timeline back"
+        """Replace everything that is known of the timeline, in one write; but for what is promised and accepted after
+        the state's version, when that is the present one already."""
+        assert incoming.version >= timeline.chosen + (not timeline.mending), "a state never takes a timeline back"
         engine, key = self.core.engine, timeline.key
+        stays = incoming.version == timeline.chosen
+        open_entry = incoming.version + 1 if stays else MAX_ENTRY
         prefix = rows_prefix(key)
-        old = [name for name, _ in engine.scan(prefix, prefix_end(prefix))]
-        old += [name for name, _ in engine.scan(log_key(key, 0), log_key(key, MAX_ENTRY))]
+        rows = engine.scan(prefix, prefix_end(prefix))
+        old = [name for name, _ in rows if version_of(name) < open_entry]
+        old += [name for name, _ in engine.scan(log_key(key, 0), log_key(key, open_entry))]
         for name in old:
             engine.delete(name)
         for name, row in incoming.rows:
@@ -181,10 +231,14 @@ class CatchUp:
                 self.core.chores_due.append((key, version))
         timeline.chosen = timeline.floor = incoming.version
         timeline.log_low = min(ids)
+        timeline.log_mark, timeline.log_bytes = incoming.version + 1, 0
         timeline.wiped = incoming.wiped
         timeline.ballot, timeline.origin = incoming.ballot, incoming.origin
-        timeline.promised = timeline.accepted = NO_BALLOT
-        timeline.record = timeline.value = None
+        if not stays:
+            timeline.promised = timeline.accepted = NO_BALLOT
+            timeline.record = None
+            timeline.learned = False
+        timeline.mending = False
         timeline.ids = None
         timeline.id_entries.clear()
         self.core.mark(timeline)
@@ -200,7 +254,7 @@ class CatchUp:
             incoming = timeline.incoming
             if incoming is None or not incoming.complete:
                 self._waiting[bucket_of(key)].discard(key)
-            elif incoming.version <= timeline.chosen:
+            elif incoming.version < timeline.chosen + (not timeline.mending):
                 # Meanwhile it has caught up by the log: what it promised and accepted since then must stay.
                 self._waiting[bucket_of(key)].discard(key)
                 self._forget(timeline)
@@ -225,7 +279,7 @@ class CatchUp:
         sender, message = held
         if message.entry > timeline.chosen + 1 and timeline.asked_until > now:
             return
-        timeline.held = None
+        self.core.drop_held(timeline)
         if message.entry > timeline.chosen + 1:
             return  # we did not get there; the proposer repeats itself
         if isinstance(message, Accept):

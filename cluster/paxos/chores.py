@@ -28,6 +28,7 @@ from .rows import (
     chore_key,
     decode_record,
     decode_row,
+    ids_record,
     log_entry,
     log_key,
     prefix_end,
@@ -38,6 +39,7 @@ from .rows import (
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+MAX_IN_MEMORY = 10_000  # chores; the others wait on disk
 
 
 class Chores:
@@ -51,27 +53,45 @@ class Chores:
         self.links = links
         self.settle = settle
         self._ready: deque[bytes] = deque()  # chore keys
-        self._later: list[tuple[float, bytes]] = []
+        self._later: deque[tuple[float, bytes]] = deque()
         self._retried: set[bytes] = set()
+        self._unread: bytes | None = None  # where the chores begin that are on disk and not in memory
+        self._missed = False  # there are others before
         self._running: Iterator[bool] | None = None
         self._current = b""
 
     def recover(self) -> None:
         """Find the chores that an earlier life left undone."""
-        self._ready.extend(name for name, _ in self.core.engine.scan(b"C", b"D"))
+        self._unread = b"C"
+        self._read_more()
+
+    def _read_more(self) -> None:
+        """Take chores from disk, as many as memory may hold; all of them are noted there until they are done."""
+        if self._unread is None and self._missed:
+            self._unread, self._missed = b"C", False
+        if self._unread is None:
+            return
+        names = [name for name, _ in itertools.islice(self.core.engine.scan(self._unread, b"D"), MAX_IN_MEMORY)]
+        self._unread = names[-1] + b"\x00" if len(names) == MAX_IN_MEMORY else None
+        self._ready.extend(names)
 
     @property
     def pending(self) -> int:
-        """Chores that are not done yet."""
-        return len(self.core.chores_due) + len(self._ready) + len(self._later) + (self._running is not None)
+        """Chores in memory that are not done yet, and one for those that are only on disk."""
+        on_disk = self._unread is not None or self._missed
+        return len(self.core.chores_due) + len(self._ready) + len(self._later) + (self._running is not None) + on_disk
 
     def run(self, now: float) -> bool:
         """Do one slice. True if there is more to do at once."""
-        self._ready.extend(chore_key(key, entry) for key, entry in self.core.chores_due)
+        room = max(0, MAX_IN_MEMORY - len(self._ready))
+        self._ready.extend(chore_key(key, entry) for key, entry in self.core.chores_due[:room])
+        self._missed |= len(self.core.chores_due) > room
         self.core.chores_due.clear()
         while self._later and self._later[0][0] <= now:
-            self._ready.append(self._later.pop(0)[1])
+            self._ready.append(self._later.popleft()[1])
         if self._running is None:
+            if not self._ready and len(self._later) < MAX_IN_MEMORY:
+                self._read_more()
             if not self._ready:
                 return False
             self._current = self._ready.popleft()
@@ -88,7 +108,10 @@ class Chores:
             self.core.engine.delete(self._current)
         elif not done:
             self._running = None
-            self._later.append((now + RETRY_S, self._current))
+            if len(self._later) < MAX_IN_MEMORY:
+                self._later.append((now + RETRY_S, self._current))
+            else:
+                self._missed = True
         return self._running is not None or bool(self._ready)
 
     def _chore(self, name: bytes, now: float) -> Iterator[bool]:
@@ -190,25 +213,45 @@ class Chores:
     # ---- trim
 
     def trim(self, timeline: Timeline) -> None:
-        """Keep the log tail bounded: called after each chosen entry, works once per `log_keep_entries` of them."""
-        keep = self.core.settings.log_keep_entries
-        if timeline.chosen - timeline.log_low < 2 * keep:
-            return
-        first_kept = timeline.chosen - keep + 1
-        key = timeline.key
-        doomed: list[bytes] = []
+        """Keep the log tail bounded, by number and by bytes: called after each chosen entry.
+
+        By number: beyond twice `log_keep_entries` of them, so many stay. By bytes the tail has an older and a younger
+        part; when the younger one, which begins at `log_mark`, has `log_keep_bytes` of keys and values, the older one
+        is emptied and another part begins. So at least as much stays, about twice as much at most, for two numbers a
+        timeline. Emptied entries keep their request ids until they go by number.
+        """
+        settings = self.core.settings
+        if timeline.log_bytes >= settings.log_keep_bytes:
+            self._empty(timeline, timeline.log_mark, keep_ids=True)
+            timeline.log_mark, timeline.log_bytes = timeline.chosen + 1, 0
+            self.core.mark(timeline)
+        if timeline.chosen - timeline.log_low >= 2 * settings.log_keep_entries:
+            first_kept = timeline.chosen - settings.log_keep_entries + 1
+            self._empty(timeline, first_kept, keep_ids=False)
+            timeline.log_low = first_kept
+            self.core.mark(timeline)
+
+    def _empty(self, timeline: Timeline, first_kept: int, *, keep_ids: bool) -> None:
+        """Leave of the entries before `first_kept` only their ids, or nothing, and no row that is superseded by then.
+
+        The caller marks the timeline in the same write.
+        """
+        engine, key = self.core.engine, timeline.key
         superseded: list[bytes] = []
-        for name, encoded in list(self.core.engine.scan(log_key(key, timeline.log_low), log_key(key, first_kept))):
-            doomed.append(name)
-            for item in decode_record(encoded).keys:
+        for name, encoded in list(engine.scan(log_key(key, timeline.log_low), log_key(key, first_kept))):
+            record = decode_record(encoded)
+            if not keep_ids:
+                engine.delete(name)
+                self.core.counters.add("entries_trimmed")
+            elif record.keys:
+                engine.put(name, ids_record(record.ballot, record.origin, record.request_ids))
+                self.core.counters.add("entries_emptied")
+            for item in record.keys:
                 if item:
                     superseded += self._superseded(timeline, item, first_kept)
-        for name in dict.fromkeys(doomed + superseded):
-            self.core.engine.delete(name)
-        timeline.log_low = first_kept
+        for name in dict.fromkeys(superseded):
+            engine.delete(name)
         timeline.floor = max(timeline.floor, first_kept - 1)
-        self.core.mark(timeline)
-        self.core.counters.add("entries_trimmed", len(doomed))
 
     def _superseded(self, timeline: Timeline, item: bytes, first_kept: int) -> list[bytes]:
         """Rows of one item that another row hides at every version from `first_kept` - 1 on.

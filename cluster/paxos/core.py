@@ -32,14 +32,16 @@ class Settings:
 
     `request_id_entries` (W): a write whose sender has seen a version older than the last W entries is refused with
     the present one, so W bounds how long a retry stays safe. `log_keep_entries`: a replica or cache that is further
-    behind gets the timeline's state instead of its log; at least W. `accept_timeout_s`: after this time without a
-    majority the message is sent again; well above a round trip plus an fsync. `backoff_s`: first bound of the random
-    pause after a lost duel; doubles up to `backoff_max_s`.
+    behind gets the timeline's state instead of its log; at least W. `log_keep_bytes`: the same in bytes of keys and
+    values, but the ids of W entries stay. `accept_timeout_s`: after this time without a majority the message is sent
+    again; well above a round trip plus an fsync. `backoff_s`: first bound of the random pause after a lost duel;
+    doubles up to `backoff_max_s`.
     """
 
     timelines_in_memory: int = 200_000
     request_id_entries: int = 128
     log_keep_entries: int = 256
+    log_keep_bytes: int = 8 << 20
     max_queued_requests: int = 100_000
     max_queued_bytes: int = 256 << 20
     accept_timeout_s: float = 0.2
@@ -146,8 +148,9 @@ class Timeline:
     """What a replica knows of one timeline, as acceptor and as proposer.
 
     `chosen`, `ballot`, `origin`: the last chosen entry, the ballot at which it was chosen and who first proposed it.
-    `promised`, `accepted`, `record`, `value`: of entry chosen+1, the only one that can be open. `dirty`: number of
-    the engine batch that must be durable before others may be told of this state.
+    `promised`, `accepted`, `record`: of entry chosen+1, the only one that can be open. `learned`: that it
+    was accepted is copied knowledge, not a vote of this replica. `dirty`: number of the engine batch that must be
+    durable before others may be told of this state.
     """
 
     __slots__ = (
@@ -164,15 +167,19 @@ class Timeline:
         "ids",
         "incoming",
         "key",
+        "learned",
         "linked",
         "linked_at",
+        "log_bytes",
         "log_low",
+        "log_mark",
+        "mending",
+        "open_bytes",
         "origin",
         "promised",
         "proposal",
         "record",
         "settles",
-        "value",
         "waiting",
         "wakes_at",
         "wiped",
@@ -183,13 +190,16 @@ class Timeline:
         self.chosen = meta.chosen
         self.floor = meta.floor
         self.log_low = meta.log_low
+        self.log_mark = meta.log_mark
+        self.log_bytes = meta.log_bytes
+        self.open_bytes = 0  # of entry chosen+1: record and values
         self.wiped = meta.wiped
         self.ballot: Ballot = NO_BALLOT
         self.origin: Life = NO_LIFE
         self.promised: Ballot = NO_BALLOT
         self.accepted: Ballot = NO_BALLOT
         self.record: Record | None = None
-        self.value: Value | None = None
+        self.learned = False
         self.dirty = 0
         self.ids: dict[bytes, int] | None = None
         self.id_entries: deque[tuple[int, list[bytes]]] = deque()
@@ -202,6 +212,7 @@ class Timeline:
         self.linked = 0  # greatest version that cold links rely on, as of version `linked_at` of the system timeline
         self.linked_at = -1
         self.incoming: Incoming | None = None
+        self.mending = False  # its state is to be replaced, also by one of the same version
         self.wakes_at = math.inf  # of its earliest timer
 
     @property
@@ -215,7 +226,16 @@ class Timeline:
 
     def meta(self) -> Meta:
         entry = self.chosen + 1 if self.promised != NO_BALLOT else 0
-        return Meta(self.chosen, self.floor, self.log_low, self.wiped, entry, self.promised)
+        return Meta(
+            self.chosen,
+            self.floor,
+            self.log_low,
+            self.wiped,
+            entry,
+            self.promised,
+            self.log_mark,
+            self.log_bytes,
+        )
 
 
 class Core:
@@ -255,6 +275,17 @@ class Core:
         self._timer_number = 0
         self.messages: list[tuple[int, int, PeerMessage]] = []  # (after, peer, message)
         self.replies: list[tuple[int, int, Message]] = []  # (after, token, message)
+        self._large: list[tuple[int, int]] = []  # (after, bytes) of what is large in the outbox
+        self._large_bytes = 0
+        self._held: OrderedDict[bytes, tuple[Timeline, int]] = OrderedDict()  # timelines with `held`, and its bytes
+        self._held_bytes = 0
+
+    def incarnations(self) -> list[int]:
+        """By replica, the greatest incarnation that this replica has seen; 0 for none."""
+        return [
+            self.life[1] if replica == self.replica else self.lives[replica][1] if replica in self.lives else 0
+            for replica in range(self.replicas)
+        ]
 
     # ---- outbox
 
@@ -270,6 +301,46 @@ class Core:
     def reply(self, token: int, message: Message, after: int = 0) -> None:
         """Queue the answer to a request."""
         self.replies.append((after, token, message))
+
+    def has_room(self, size: int, after: int = 0) -> bool:
+        """Whether the outbox has room for something large, which then counts until it leaves.
+
+        A replica that flushes slowly, and is asked quickly, would else hold any number of answers. Whoever gets none
+        of them asks again.
+        """
+        if self._large and self._large_bytes + size > self.settings.max_queued_bytes:
+            self.counters.add("outbox_refusals")
+            return False
+        self._large.append((after, size))
+        self._large_bytes += size
+        return True
+
+    def forget_sent(self) -> None:
+        """Count only what the disk still holds back."""
+        if self._large:
+            self._large = [large for large in self._large if large[0] > self.durable]
+            self._large_bytes = sum(size for _, size in self._large)
+
+    # ---- messages that came too early
+
+    def hold(self, timeline: Timeline, sender: int, message: Prepare | Accept) -> None:
+        """Keep a message about a later entry until this replica has caught up; the last one of a timeline counts.
+
+        Beyond a bound the oldest goes, since who sent it repeats it.
+        """
+        self.drop_held(timeline)
+        timeline.held = (sender, message)
+        size = value_bytes(message.value) if isinstance(message, Accept) else 64
+        self._held[timeline.key] = (timeline, size)
+        self._held_bytes += size
+        while self._held_bytes > self.settings.max_queued_bytes and len(self._held) > 1:
+            self.drop_held(next(iter(self._held.values()))[0])
+
+    def drop_held(self, timeline: Timeline) -> None:
+        """Forget the message that was held for a timeline, if there is one."""
+        if timeline.held is not None:
+            timeline.held = None
+            self._held_bytes -= self._held.pop(timeline.key)[1]
 
     # ---- timers
 
@@ -332,7 +403,8 @@ class Core:
             if timeline.record is not None:
                 self._apply_loaded(timeline)
             if entry > timeline.chosen:
-                timeline.record, timeline.accepted = record, record.ballot
+                timeline.open_bytes = len(encoded)
+                timeline.record, timeline.accepted, timeline.learned = record, record.ballot, not record.vote
             else:
                 timeline.origin, timeline.ballot = record.origin, record.ballot
         if meta.promised_entry == timeline.chosen + 1:
@@ -345,10 +417,11 @@ class Core:
         record = timeline.record
         assert record is not None
         timeline.chosen += 1
+        timeline.log_bytes += timeline.open_bytes
         timeline.origin, timeline.ballot = record.origin, record.ballot
         if WIPE in record.kinds:
             timeline.wiped = timeline.chosen - 1
-        timeline.record, timeline.accepted = None, NO_BALLOT
+        timeline.record, timeline.accepted, timeline.learned = None, NO_BALLOT, False
 
     def shrink(self) -> None:
         """Drop timelines that nobody works on, oldest use first; keep the rest, however many they are.
@@ -362,6 +435,7 @@ class Core:
         for timeline in list(itertools.islice(idle, surplus)):
             if timeline.key in self.unmarked:
                 self.mark(timeline)
+            self.drop_held(timeline)
             del self._timelines[timeline.key]
 
     # ---- durable notes that need no fsync of their own
@@ -405,3 +479,8 @@ class Core:
             _, forgotten = timeline.id_entries.popleft()
             for request_id in forgotten:
                 timeline.ids.pop(request_id, None)
+
+
+def value_bytes(value: Value) -> int:
+    """Bytes that a value takes in a message, nearly."""
+    return sum(map(len, value.values)) + 32 * len(value.keys) + 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 
 from ..cold.link import Link
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, TooLarge
 from ..keys import (
     MAX_TIMESTAMP,
     MIN_TIMESTAMP,
@@ -50,7 +50,8 @@ from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefi
 
 TIMESTAMP_BYTES = 8  # the least that an item key, or a bound between two, begins with
 MAX_LINKS = 64  # blocks that one answer names for one timeline
-MAX_ANSWER_BYTES = 16 << 20
+MAX_ANSWER_BYTES = 16 << 20  # of one timeline; of all of a message twice as much
+ROWS_AT_ONCE = 128
 MAX_DELTA_ITEMS = 2_000
 CHOSEN_PER_ANSWER = 5_000
 
@@ -92,7 +93,7 @@ class _Answer:
         self.horizons.append(MIN_TIMESTAMP)
         self.floors.append(b"")
 
-    def message(self) -> Checked:
+    def message(self, incarnations: list[int]) -> Checked:
         return Checked(
             pack_i64(self.chosen),
             self.opens,
@@ -107,6 +108,7 @@ class _Answer:
             pack_i64(self.horizons),
             self.floors,
             self.links,
+            incarnations,
         )
 
 
@@ -129,10 +131,10 @@ class Reads:
             timeline = self.core.timeline(key)
             chosen.append(timeline.chosen)
             if timeline.accepted != NO_BALLOT:
-                opens.append(Open(index, timeline.accepted))
+                opens.append(_open(index, timeline))
             after = max(after, timeline.dirty)
         self.core.counters.add("version_questions", len(chosen))
-        return Versions(pack_i64(chosen), opens), after
+        return Versions(pack_i64(chosen), opens, self.core.incarnations()), after
 
     def chosen_list(self, message: AskChosen, owned: Set[int]) -> ChosenList:
         """How far this replica has applied the timelines of `owned` buckets, from (bucket, cursor) on."""
@@ -176,15 +178,21 @@ class Reads:
                 continue
             answer.chosen.append(timeline.chosen)
             if timeline.accepted != NO_BALLOT:
-                answer.opens.append(Open(index, timeline.accepted))
+                answer.opens.append(_open(index, timeline))
             answer.wiped.append(timeline.wiped)
             before = len(answer.keys)
             self._answer_one(
                 answer, index, timeline, have[index], message.wants[index], message.bounds[index], limits[index]
             )
             answer.counts.append(len(answer.keys) - before)
+            if answer.size > 2 * MAX_ANSWER_BYTES and len(have) > 1:
+                # Found out before the rest is read: so many large values would fill memory, and then fit no frame.
+                raise TooLarge(
+                    f"the answer to {len(have)} checks exceeds {2 * MAX_ANSWER_BYTES} bytes: ask for less at once",
+                    limit=2 * MAX_ANSWER_BYTES,
+                )
         self.core.counters.add("checks", len(have))
-        return answer.message(), answer.after
+        return answer.message(self.core.incarnations()), answer.after
 
     def _is_behind_its_links(self, timeline: Timeline, now: float) -> bool:
         """Whether a block holds newer rows of the timeline than this replica has applied; then it fetches.
@@ -242,7 +250,10 @@ class Reads:
         names = [
             prefix + item + number.to_bytes(8, "big") for number, record in entries for item in record.keys if item
         ]
-        rows = iter(self.core.engine.get_many(names))
+        found = self._rows_within(names, MAX_ANSWER_BYTES - answer.size)
+        if found is None:
+            return False
+        rows = iter(found)
         for number, record in entries:
             for kind, item in zip(record.kinds, record.keys, strict=True):
                 if kind == WIPE:
@@ -253,6 +264,17 @@ class Reads:
                 written, _, value = decode_row(row)
                 answer.add_row(item, number, written, kind, value)
         return True
+
+    def _rows_within(self, names: list[bytes], limit_bytes: int) -> list[bytes | None] | None:
+        """Rows by name, None if they exceed `limit_bytes` together."""
+        rows: list[bytes | None] = []
+        for start in range(0, len(names), ROWS_AT_ONCE):
+            part = self.core.engine.get_many(names[start : start + ROWS_AT_ONCE])
+            limit_bytes -= sum(len(row) for row in part if row is not None)
+            if limit_bytes < 0:
+                return None
+            rows += part
+        return rows
 
     def _range(
         self,
@@ -266,7 +288,7 @@ class Reads:
     ) -> None:
         """Append visible rows newest first, tombstones too, until `limit` live ones; then the links beside them."""
         prefix = rows_prefix(timeline.key)
-        high = prefix + before if before else prefix_end(prefix)
+        high = _end_of_rows(prefix, before)
         start = len(answer.keys)
         last = floor = b""
         live = 0
@@ -347,3 +369,22 @@ class Reads:
         ]
         if refs:
             answer.links.append(Links(index, refs[:MAX_LINKS]))
+
+
+def _end_of_rows(prefix: bytes, before: bytes) -> bytes:
+    """Where the rows of all items below `before` end.
+
+    A bound may lie right above an item key (the upper end of a block does). The rows of that item belong to the range,
+    but their names go on with a version, and so would sort behind the bound.
+    """
+    if not before:
+        return prefix_end(prefix)
+    key_end = before.find(b"\x00\x01", TIMESTAMP_BYTES) + 2
+    if TIMESTAMP_BYTES < key_end < len(before):
+        return prefix + before[:key_end] + b"\xff"
+    return prefix + before
+
+
+def _open(index: int, timeline: Timeline) -> Open:
+    """The open entry of a timeline, as a vote of this replica or as knowledge, which has no round."""
+    return Open(index, (-1, timeline.accepted[1]) if timeline.learned else timeline.accepted)

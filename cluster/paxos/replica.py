@@ -12,7 +12,8 @@ The order that keeps it safe: hand the inputs in, `take` and send, `engine.commi
 `take` and send. What depends on a write stays in the outbox until `durable` has named its batch.
 
 States: `joining` (a peer must confirm that it has noted this life, before anything is answered: so a folder from the
-past is found out), `voting`, `fenced` (a peer has seen a later life of this replica: it must not vote again).
+past is found out), `voting`, `fenced` (a peer has seen another life of this replica, of which this folder does not
+know: it must not vote again), `learning` (its data was lost; it takes entries and states, and is in no quorum).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from ..counters import Counters
 from ..errors import InvalidRequest, Unavailable
+from ..gate import overloaded
 from ..keys import MAX_ID_BYTES, bucket_of, is_placed_right, is_system
 from ..messages import (
     DELETE,
@@ -30,26 +32,34 @@ from ..messages import (
     MAX_FRAME_BYTES,
     MISPLACED,
     NO_BALLOT,
+    NO_LIFE,
     PUT,
     WIPE,
     Accept,
     Accepted,
+    AskAccepted,
     AskChosen,
+    AskDigests,
     AskTables,
     AskVersions,
     Ballot,
     Check,
+    Checked,
     Chosen,
     Entries,
     Fetch,
     Life,
+    Lives,
+    Mend,
     Message,
     Nack,
     PeerBatch,
     PeerMessage,
+    Pong,
     Prepare,
     Promise,
     Scan,
+    Scanned,
     Settle,
     State,
     Write,
@@ -63,13 +73,17 @@ from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores
 from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline, Waiter
+from .digests import DigestIndex
+from .learning import Learning
 from .links import LinkIndex, is_record
 from .proposer import Proposer
 from .reads import Reads
 from .rows import life_key
 from .scans import Scans
 
-JOINING, VOTING, FENCED = "joining", "voting", "fenced"
+JOINING, VOTING, FENCED, LEARNING = "joining", "voting", "fenced", "learning"
+Question = Check | AskVersions | AskChosen | AskTables | AskAccepted | AskDigests | Mend | Scan
+PAST_LIVES = 64  # that a folder remembers; see `identity.py`
 MAX_TIMEOUT_MS = 300_000
 MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece
 MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
@@ -85,7 +99,10 @@ class Output:
 
 
 class Replica:
-    """See the module's text. `owned`: buckets of this group, ascending. `buckets`: of the whole cluster."""
+    """See the module's text. `owned`: buckets of this group, ascending. `buckets`: of the whole cluster.
+
+    `past`: boots of earlier lives of this folder in this incarnation, oldest first. `learner`: it lost its data.
+    """
 
     def __init__(
         self,
@@ -100,6 +117,8 @@ class Replica:
         rng: random.Random,
         wall_us: Callable[[], int],
         counters: Counters,
+        past: Sequence[int] = (),
+        learner: bool = False,
     ) -> None:
         self.core = Core(
             replica=replica,
@@ -121,8 +140,16 @@ class Replica:
         self.chores = Chores(self.core, self.acceptor, self.links, self.proposer.settle_quietly)
         self.reads = Reads(self.core, self.acceptor, self.links)
         self.scans = Scans(self.core, self.links)
-        self.state = JOINING if self.core.peers else VOTING
-        self.reason = "waiting for a peer to confirm this life" if self.core.peers else ""
+        self.digests = DigestIndex(self.core, self.links)
+        self.learning = Learning(self.core, self.acceptor)
+        self.past = list(past)
+        self.confirmed: set[int] = set()  # peers that have noted this life
+        if learner:
+            self.state, self.reason = LEARNING, "copying what was lost from its peers"
+        elif self.core.peers:
+            self.state, self.reason = JOINING, "waiting for a peer to confirm this life"
+        else:
+            self.state, self.reason = VOTING, ""
         self._now = 0.0
         self._hello_at = 0.0
         self._hello = False
@@ -228,7 +255,7 @@ class Replica:
         for index, (key, entry) in enumerate(zip(message.timelines, entries, strict=True)):
             self.proposer.settle(self.core.timeline(key), SettleWaiter(entry, deadline, job, index), now)
 
-    def ask(self, now: float, token: int, message: Check | AskVersions | AskChosen | AskTables | Scan) -> None:
+    def ask(self, now: float, token: int, message: Question) -> None:
         """Answer a question about what this replica has; the answer leaves by `token`, after what it depends on."""
         self.require_voting()
         self._now = now
@@ -243,9 +270,49 @@ class Replica:
             answer, after = self.reads.chosen_list(message, self._owned_set), 0
         elif isinstance(message, AskTables):
             answer, after = self.scans.tables(message, self.owned), 0
+        elif isinstance(message, AskAccepted):
+            answer, after = self._accepted_list(message)
+        elif isinstance(message, AskDigests):
+            self._require_owned(message.timelines)
+            answer, after = self.digests.answer(message, self._owned_set)
+        elif isinstance(message, Mend):
+            answer, after = self._mend(message, now), 0
         else:
             answer, after = self.scans.scan(message, self.owned)
+        if after > self.core.durable and not self.core.has_room(_answer_bytes(answer), after):
+            raise overloaded(f"storage replica {self.core.replica}: too many answers wait for the disk")
         self.core.reply(token, answer, after)
+
+    def _accepted_list(self, message: AskAccepted) -> tuple[Message, int]:
+        learner = message.life[0]
+        if self.core.lives.get(learner) != message.life or self._life_noted_in > self.core.durable:
+            self._hello = True
+            raise Unavailable(f"life {message.life} of replica {learner} is not noted yet", retry_after_s=HELLO_S)
+        return self.learning.accepted_list(message, self._owned_set)
+
+    def _mend(self, message: Mend, now: float) -> Pong:
+        self._require_owned(message.timelines)
+        if message.source not in self.core.peers:
+            raise InvalidRequest(f"replica {message.source} is no peer of replica {self.core.replica}")
+        for key in message.timelines:
+            self.catch_up.mend(self.core.timeline(key), message.source, now)
+        return Pong()
+
+    def lives(self) -> Lives:
+        """Who this replica is, and whom it knows; answered in any state, as far as it is durable."""
+        noted = list(self.core.lives.values()) if self._life_noted_in <= self.core.durable else []
+        return Lives(self.core.life, self.state == VOTING, noted)
+
+    def note_lives(self, lives: Sequence[Life]) -> None:
+        """Take over from a peer which lives of the others it has noted, so that a learner fences what it fenced."""
+        for life in lives:
+            if life[0] in self.core.peers and life > self.core.lives.get(life[0], NO_LIFE):
+                self._note_life(life)
+
+    def begin_voting(self) -> None:
+        """Everything was copied, verified and made durable: take part in quorums."""
+        assert self.state == LEARNING, "only a learner begins to vote so"
+        self.state, self.reason = VOTING, ""
 
     def _require_owned(self, timelines: list[bytes]) -> None:
         for key in timelines:
@@ -260,28 +327,31 @@ class Replica:
         if sender not in self.core.peers or batch.life[0] != sender or min(batch.life) < 0:
             return
         mine = self.core.life
-        if (batch.incarnation_seen, batch.boot_seen) > mine[1:]:
+        if self._is_foreign(batch.incarnation_seen, batch.boot_seen):
             self.state = FENCED
             self.core.messages.clear()  # votes too
             self.reason = (
-                f"replica {sender} has seen a later life of this one (incarnation {batch.incarnation_seen}, boot "
-                f"{batch.boot_seen}; this is {mine[1]}, {mine[2]}): the data folder is from the past"
+                f"replica {sender} has seen a life of this one that its folder does not know (incarnation "
+                f"{batch.incarnation_seen}, boot {batch.boot_seen}; this is {mine[1]}, {mine[2]}): the folder is from "
+                "the past"
             )
             return
         known = self.core.lives.get(sender)
-        if known is not None and batch.life < known:
+        if known is not None and not _follows(batch, known):
             self.core.counters.add("outdated_lives_refused")
+            self._hello_at = min(self._hello_at, now + HELLO_S)  # from which it learns that there was another life
             return
         if batch.life != known:
-            self.core.lives[sender] = batch.life
-            self.core.engine.put(life_key(sender), _encode_life(batch.life))
-            self._life_noted_in = self.core.engine.sequence
-            self._hello = True  # it may wait for our confirmation
-        if self.state == JOINING and (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
-            self.state, self.reason = VOTING, ""
-        if self.state != VOTING:
+            self._note_life(batch.life)
+        if (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
+            self.confirmed.add(sender)
+            if self.state == JOINING:
+                self.state, self.reason = VOTING, ""
+        if self.state not in (VOTING, LEARNING):
             return
         for message in batch.messages:
+            if self.state == LEARNING and not isinstance(message, Entries | State):
+                continue
             if int.from_bytes(message.timeline[:4], "big") not in self._owned_set:
                 continue
             try:
@@ -290,6 +360,20 @@ class Replica:
                 self._peer_message(now, sender, batch.life[1], message)
             except InvalidRequest:
                 self.core.counters.add("malformed_peer_messages")
+
+    def _is_foreign(self, incarnation: int, boot: int) -> bool:
+        """Whether a life of this replica that a peer has seen is neither the present one nor one of its past."""
+        mine = self.core.life
+        if (incarnation, boot) > mine[1:]:
+            return True
+        return incarnation == mine[1] and boot != mine[2] and not _is_of_past(boot, self.past)
+
+    def _note_life(self, life: Life) -> None:
+        """Write down the greatest life of a peer. Nothing leaves for it before that is durable."""
+        self.core.lives[life[0]] = life
+        self.core.engine.put(life_key(life[0]), _encode_life(life))
+        self._life_noted_in = self.core.engine.sequence
+        self._hello = True  # it may wait for our confirmation
 
     def _peer_message(self, now: float, sender: int, incarnation: int, message: PeerMessage) -> None:
         timeline = self.core.timeline(message.timeline)
@@ -335,7 +419,8 @@ class Replica:
             self.core.mark_all()
             self._mark_at = None
         if self.core.peers and now >= self._hello_at:
-            self._hello_at = now + (HELLO_S if self.state == JOINING else 10 * HELLO_S)
+            waits = self.state == JOINING or (self.state == LEARNING and len(self.confirmed) < len(self.core.peers))
+            self._hello_at = now + (HELLO_S if waits else 10 * HELLO_S)
             self._hello = True
 
     def next_due(self) -> float:
@@ -352,7 +437,7 @@ class Replica:
     def run_chores(self, now: float) -> bool:
         """Do a slice of background work; True if there is more."""
         self._now = now
-        return self.state == VOTING and self.chores.run(now)
+        return self.state in (VOTING, LEARNING) and self.chores.run(now)
 
     # ---- output
 
@@ -377,6 +462,7 @@ class Replica:
         if core.replies:
             output.replies = [(token, message) for after, token, message in core.replies if after <= core.durable]
             core.replies = [reply for reply in core.replies if reply[0] > core.durable]
+        core.forget_sent()
         if self._life_noted_in > core.durable:
             return output  # a peer's life must be on disk before it hears from us
         if core.messages:
@@ -408,13 +494,27 @@ class Replica:
             size += weight
         self.core.counters.add("peer_batches", len(batches))
         self.core.counters.add("peer_messages", len(messages))
-        return [PeerBatch(self.core.life, incarnation, boot, batch) for batch in batches]
+        past = [] if peer in self.confirmed else self.past
+        return [PeerBatch(self.core.life, incarnation, boot, batch, past) for batch in batches]
 
     def _on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
         self.proposer.on_chosen(timeline, entry, request_ids, self._now)
         if is_system(timeline.key):
             self.catch_up.on_system_chosen(timeline, self._now)
-        self.chores.trim(timeline)
+        if not self.catch_up.keeps_tail(timeline):
+            self.chores.trim(timeline)
+
+
+def _follows(batch: PeerBatch, known: Life) -> bool:
+    """Whether a batch is of the life that is known of its sender, or of a later one of the same folder."""
+    if batch.life <= known:
+        return batch.life == known
+    return batch.life[1] > known[1] or _is_of_past(known[2], batch.past)
+
+
+def _is_of_past(boot: int, past: Sequence[int]) -> bool:
+    """Whether `boot` was a life of a folder with these last ones; of older ones nothing is known any more."""
+    return boot in past or (len(past) >= PAST_LIVES and boot < past[0])
 
 
 def is_item_key(key: bytes) -> bool:
@@ -455,6 +555,12 @@ def _weight(message: PeerMessage) -> int:
             return 64 + sum(map(len, rows)) + sum(map(len, row_keys))
         case _:
             return 64
+
+
+def _answer_bytes(answer: Message) -> int:
+    if isinstance(answer, Checked | Scanned):
+        return 64 + sum(map(len, answer.values)) + sum(map(len, answer.keys)) + 100 * len(answer.keys)
+    return 64
 
 
 def _encode_life(life: Life) -> bytes:

@@ -21,14 +21,18 @@ import msgspec
 from ..messages import NO_BALLOT, Ballot, Life, Value
 
 _U64 = struct.Struct(">Q")
-_META = struct.Struct("<qqqqqqqqq")
+_META = struct.Struct("<11q")
 _ROW_HEAD = struct.Struct("<qB")
 ROW_HEAD_BYTES = _ROW_HEAD.size
 VERSION_BYTES = 8
 
 
 class Record(msgspec.Struct, array_like=True):
-    """One accepted log entry without its values. A record without keys may stand for a trimmed entry's ids."""
+    """One accepted log entry without its values. A record without keys may stand for a trimmed entry's ids.
+
+    `vote`: False if it is only known that somebody accepted it, because this replica copied it when it had lost its
+    data: knowledge to be told in a Promise, never a vote.
+    """
 
     ballot: Ballot
     origin: Life
@@ -36,6 +40,7 @@ class Record(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     kinds: bytes
     keys: list[bytes]
+    vote: bool = True
 
 
 class Meta(msgspec.Struct):
@@ -43,7 +48,8 @@ class Meta(msgspec.Struct):
 
     `floor`: entries up to this one can't be sent as log entries any more, because rows they refer to were evicted,
     superseded or replaced by a state transfer. `log_low`: the oldest record still there. `wiped`: items of a version
-    up to this one are deleted. `promised`: valid for entry `promised_entry` only.
+    up to this one are deleted. `promised`: valid for entry `promised_entry` only. `log_mark`, `log_bytes`: where the
+    younger part of the log tail begins, and its bytes; see `Chores.trim`.
     """
 
     chosen: int = 0
@@ -52,17 +58,19 @@ class Meta(msgspec.Struct):
     wiped: int = 0
     promised_entry: int = 0
     promised: Ballot = NO_BALLOT
+    log_mark: int = 1
+    log_bytes: int = 0
 
     def encode(self) -> bytes:
         number, life = self.promised
-        return _META.pack(
-            self.chosen, self.floor, self.log_low, self.wiped, self.promised_entry, number, life[0], life[1], life[2]
-        )
+        log = self.log_mark, self.log_bytes
+        return _META.pack(self.chosen, self.floor, self.log_low, self.wiped, self.promised_entry, number, *life, *log)
 
     @classmethod
     def decode(cls, row: bytes) -> Meta:
-        chosen, floor, log_low, wiped, entry, number, replica, incarnation, boot = _META.unpack(row)
-        return cls(chosen, floor, log_low, wiped, entry, (number, (replica, incarnation, boot)))
+        numbers = _META.unpack(row.ljust(_META.size, b"\x00"))  # rows of an earlier format end before `log_mark`
+        chosen, floor, log_low, wiped, entry, number, replica, incarnation, boot, mark, size = numbers
+        return cls(chosen, floor, log_low, wiped, entry, (number, (replica, incarnation, boot)), mark, size)
 
 
 _record_encoder = msgspec.msgpack.Encoder()
@@ -104,6 +112,7 @@ def life_key(replica: int) -> bytes:
 
 
 IDENTITY_KEY = b"Nidentity"
+LEARNING_KEY = b"Nlearning"  # how far a learner has copied
 
 
 def encode_row(written: int, kind: int, value: bytes) -> bytes:
@@ -116,9 +125,9 @@ def decode_row(row: bytes) -> tuple[int, int, bytes]:
     return written, kind, row[ROW_HEAD_BYTES:]
 
 
-def encode_record(ballot: Ballot, value: Value) -> bytes:
+def encode_record(ballot: Ballot, value: Value, *, vote: bool = True) -> bytes:
     return _record_encoder.encode(
-        Record(ballot, value.origin, value.written, value.request_ids, value.kinds, value.keys)
+        Record(ballot, value.origin, value.written, value.request_ids, value.kinds, value.keys, vote)
     )
 
 

@@ -36,6 +36,10 @@ class EngineFailed(Unavailable):
     may not be."""
 
 
+class EngineDamaged(EngineFailed):
+    """What the disk gave back is not what was written: the data of this replica is lost."""
+
+
 class Engine(Protocol):
     """Ordered key-value rows. One thread calls all methods but `sync`."""
 
@@ -108,7 +112,8 @@ class RocksEngine:
         try:
             self._db = Rdict(str(folder), options, access_type=AccessType.read_write())
         except Exception as error:  # rocksdict raises plain Exception
-            raise Corrupt(f"the database in {folder} can't be opened: {error}") from None
+            kind = Corrupt if _tells_of_damage(str(error)) else EngineFailed
+            raise kind(f"the database in {folder} can't be opened: {error}") from None
         self._unsynced = WriteOptions()
         self._unsynced.sync = False
         self._batch = WriteBatch(raw_mode=True)
@@ -228,5 +233,15 @@ def _raise_if_damaged(rows: Any) -> None:
         raise _unreadable(error) from None
 
 
+def _tells_of_damage(text: str) -> bool:
+    """Whether an error at opening means that files are damaged or missing.
+
+    Any other error of the disk may pass: it is full, or hangs, or another process has the folder open. Taken for
+    damage it would have the replica throw away what it holds.
+    """
+    return not text.startswith("IO error") or "No such file or directory" in text
+
+
 def _unreadable(error: Exception) -> EngineFailed:
-    return EngineFailed(f"the engine could not read: {error}")
+    kind = EngineDamaged if str(error).startswith("Corruption") else EngineFailed
+    return kind(f"the engine could not read: {error}")

@@ -8,6 +8,7 @@ peer gets one message. Only what waits for the disk waits; the rest of a step le
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import shutil
@@ -15,50 +16,53 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..carriers.base import CallError, Carrier
 from ..config import StorageConfig
 from ..counters import Counters
-from ..errors import Corrupt, OutcomeUnknown, ProtocolError, TimeTierError, Unavailable
-from ..identity import Identity
+from ..drive import drive
+from ..errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
+from ..gate import ITEM_BYTES, REQUEST_BYTES, Gate
+from ..identity import Identity, Refused
 from ..memory.service import CacheService
 from ..messages import (
-    Accept,
+    AskAccepted,
     AskChosen,
+    AskDigests,
+    AskLives,
     AskTables,
     AskVersions,
     Check,
-    ChosenList,
-    Entries,
+    Lives,
+    Mend,
     Message,
     PeerBatch,
-    PeerMessage,
     Ping,
     Pong,
-    Prepare,
     ReadItems,
     ReadPages,
     Scan,
     Settle,
-    State,
     Write,
-    unpack_i64,
 )
 from ..paxos.core import Settings
-from ..paxos.replica import VOTING, Replica
+from ..paxos.replica import FENCED, LEARNING, VOTING, Replica
 from ..paxos.rows import IDENTITY_KEY
 from ..routing import Routing
 from ..topology import Topology
-from .engine import DurableEngine, EngineFailed, RocksEngine
+from .catching_up import catch_up
+from .disk_room import DiskRoom
+from .engine import DurableEngine, EngineDamaged, EngineFailed, RocksEngine
+from .learning import Progress, Rejoin, Step
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 CHORE_SLICE_S = 0.002
 REOPEN_S = 1.0
-FETCHES_AT_ONCE = 200
 ENGINE_FOLDER = "engine"
-WRITES = (Accept, Prepare, Entries, State)  # what a peer's message may make this replica write
 
 
 OpenEngine = Callable[[Path, bool], DurableEngine]
@@ -68,6 +72,12 @@ OpenEngine = Callable[[Path, bool], DurableEngine]
 def wall_us() -> int:
     """Microseconds since 1970."""
     return time.time_ns() // 1000
+
+
+def remove_engine(folder: Path) -> None:
+    """Remove the engine in a folder, if there is one. Raises OSError."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def free_bytes(folder: Path) -> int:
@@ -99,15 +109,17 @@ class StorageService:
         wall_us: Callable[[], int] = wall_us,
         open_engine: OpenEngine | None = None,
         free_bytes: Callable[[Path], int] = free_bytes,
+        remove_engine: Callable[[Path], None] = remove_engine,
     ) -> None:
         """`clock`: monotonic seconds. `wall_us`: microseconds since 1970. `open_engine`: opens the engine of a folder;
-        None for RocksDB as `config` says. `free_bytes`: room on the disk of a folder; may raise OSError.
+        None for RocksDB as `config` says. `free_bytes`: room on the disk of a folder; may raise OSError, as
+        `remove_engine` may.
         """
         self.name = name
         self.group = group
         self.number = replica
         self.counters = counters
-        self._folder = folder / ENGINE_FOLDER
+        self._home = folder
         self._identity = identity
         self._carrier = carrier
         self._config = config
@@ -116,7 +128,7 @@ class StorageService:
         self._now = clock
         self._wall_us = wall_us
         self._open_engine = open_engine or self._open_rocks
-        self._free_bytes = free_bytes
+        self._remove_engine = remove_engine
         self._settings = settings_of(config)
         self._reader = CacheService(
             name,
@@ -127,6 +139,7 @@ class StorageService:
             page_items=1,
             block_cache_bytes=0,
             max_queued_requests=10_000,
+            max_queued_bytes=config.max_queued_mb << 20,
             counters=Counters(),
             seed=self._random.getrandbits(32),
             clock=clock,
@@ -137,22 +150,34 @@ class StorageService:
         self._votes_allowed = False
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._writes: set[int] = set()
+        limits = {"max_requests": config.max_queued_requests, "max_bytes": config.max_queued_mb << 20}
+        self._write_gate = Gate(name, counters, **limits)
+        self._read_gate = Gate(name, counters, **limits)  # of its own: reads go on when writes wait for a slow disk
         self._token = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
         self._flushing = False
-        self._reserve_bytes = config.disk_reserve_mb << 20
-        self._disk_is_full = False
+        self._disk = DiskRoom(name, self._home, config.disk_reserve_mb << 20, free_bytes)
         self._pump_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._caught_up: dict[str, Any] = {"rounds": 0, "behind": 0}
+        self._rejoin_progress: Progress | None = None
 
     # ------------------------------------------------------------ Service
 
     async def start(self) -> None:
-        """Open the engine. Raises Corrupt when the data is damaged, Unavailable when the disk refuses."""
+        """Open the engine, or begin to rejoin if the data is lost. Raises Corrupt when it is damaged and there is
+        nobody to copy it from, Unavailable when the disk refuses."""
         await self._reader.start()
-        self._open()
+        try:
+            if self._identity.incarnation:
+                self._open()
+            else:
+                self._lose("its data folder was emptied, or holds what counts no more")
+        except Corrupt as error:
+            if not self._may_rejoin:
+                raise
+            self._lose(error.message)
         self._keep(self._do_chores())
         self._keep(self._catch_up())
         self._plan_pump()
@@ -166,16 +191,20 @@ class StorageService:
         match message:
             case PeerBatch():
                 if self._replica is not None and self._votes_allowed:
-                    batch = self._without_writes(message) if self._disk_is_full else message
+                    self._disk.note_peer(message.life[0], message.full, self._now())
+                    batch = self._disk.allowed(message)
                     self._guard(lambda replica: replica.peer(self._now(), message.life[0], batch))
+                    self._rejoin_if_fenced()
                 return None
-            case Write() | Settle() if self._disk_is_full:
-                raise Unavailable(f"{self.name}: {self._disk_reason()}", retry_after_s=1.0)
+            case AskLives():
+                return self._lives()
             case Write():
+                self._disk.require_for_write(self._routing.topology.storage_replicas, self._now())
                 return await self._wait(message, lambda r, token: r.write(self._now(), token, message))
             case Settle():
+                self._disk.require_for_settling()
                 return await self._wait(message, lambda r, token: r.settle(self._now(), token, message))
-            case Check() | AskVersions() | AskChosen() | AskTables() | Scan():
+            case Check() | AskVersions() | AskChosen() | AskTables() | AskAccepted() | AskDigests() | Mend() | Scan():
                 return await self._wait(message, lambda r, token: r.ask(self._now(), token, message))
             case ReadPages() | ReadItems():
                 self._require_replica()
@@ -194,8 +223,8 @@ class StorageService:
         state, reason = ("failed", self._failed) if replica is None else (replica.state, replica.reason)
         if replica is not None and not self._votes_allowed:
             state, reason = "joining", "waiting for the Router to note that the data folder is formatted"
-        elif replica is not None and self._disk_is_full:
-            reason = self._disk_reason()
+        elif replica is not None and self._disk.full:
+            reason = self._disk.reason
         figures: dict[str, Any] = {
             "state": state,
             "reason": reason,
@@ -203,6 +232,10 @@ class StorageService:
             "boot": self._identity.boot,
             "catch_up": dict(self._caught_up),
         }
+        if self._rejoin_progress is not None:
+            figures["state"] = LEARNING
+            figures["reason"] = self._rejoin_progress.reason or "copying what was lost from its peers"
+            figures["rejoin"] = dataclasses.asdict(self._rejoin_progress)
         if replica is not None and engine is not None:
             figures |= {
                 "engine_bytes": engine.size_bytes(),
@@ -227,7 +260,11 @@ class StorageService:
             replica.core.mark_all()
         await asyncio.get_running_loop().run_in_executor(self._flusher, lambda: None)  # a flush under way ends first
         if self._engine is not None:
-            self._engine.close()
+            try:
+                self._engine.close()
+            except Exception as error:  # on a full disk; what was acknowledged is in the log
+                logger.warning("%s can't close its engine in order: %s", self.name, str(error))
+                self._engine.abandon()
             self._engine = None
         self._flusher.shutdown()
 
@@ -236,7 +273,7 @@ class StorageService:
     def _open(self) -> None:
         """Open the engine and begin a life."""
         identity = self._identity
-        engine = self._open_engine(self._folder, not identity.formatted)
+        engine = self._open_engine(self._folder, identity.learning or not identity.formatted)
         try:
             self._check_identity(engine)
             engine.put(IDENTITY_KEY, self._identity_row())
@@ -245,7 +282,7 @@ class StorageService:
             replica = Replica(
                 replica=self.number,
                 replicas=self._routing.topology.storage_replicas,
-                life=(self.number, identity.incarnation, identity.boot),
+                life=(self.number, identity.incarnation, identity.life_number),
                 buckets=self._routing.topology.buckets,
                 owned=self._routing.buckets_of_storage_group(self.group).tolist(),
                 engine=engine,
@@ -253,11 +290,15 @@ class StorageService:
                 rng=self._random,
                 wall_us=self._wall_us,
                 counters=self.counters,
+                past=identity.past,
+                learner=identity.learning,
             )
         except Exception:
             engine.abandon()  # else its lock would keep every later life out
             raise
         self._engine, self._replica, self._failed = engine, replica, ""
+        if identity.learning:
+            self._keep(self._learn(replica))
 
     def _open_rocks(self, folder: Path, create: bool) -> DurableEngine:
         return RocksEngine(
@@ -272,11 +313,12 @@ class StorageService:
 
     def _check_identity(self, engine: DurableEngine) -> None:
         found = engine.get(IDENTITY_KEY)
-        if found is None and self._identity.formatted:
+        if found is None and self._identity.formatted and not self._identity.learning:
             raise Corrupt(f"{self._folder} holds an empty database, but {self.name} has been formatted before")
         if found is not None and found != self._identity_row():
-            raise Corrupt(
-                f"{self._folder} holds the database of {found.decode()}, not of {self._identity_row().decode()}"
+            raise Refused(
+                f"{self._folder} holds the database of {found.decode()}, not of {self._identity_row().decode()}: put "
+                "each folder back in its place"
             )
 
     def _break(self, error: Exception) -> None:
@@ -284,25 +326,155 @@ class StorageService:
         expected = isinstance(error, EngineFailed)
         logger.error("%s ends this life: %s", self.name, error, exc_info=None if expected else error)
         self.counters.add("lives_ended_by_errors")
-        self._replica, self._failed = None, str(error)
-        self._fail_waiting(f"{self.name}: {error}")
+        if isinstance(error, EngineDamaged) and self._may_rejoin:
+            self._lose(str(error))
+        else:
+            self._keep(self._reopen(self._end_life(str(error))))
+
+    def _end_life(self, reason: str) -> DurableEngine | None:
+        """Answer nothing any more. Returns the engine, which is to be let go of."""
+        self._replica, self._failed = None, reason
+        self._fail_waiting(f"{self.name}: {reason}")
         engine, self._engine = self._engine, None
-        self._keep(self._reopen(engine))
+        return engine
+
+    async def _abandon(self, engine: DurableEngine | None) -> None:
+        if engine is not None:
+            # In the flusher's thread, so that a flush under way ends before the engine closes.
+            await asyncio.get_running_loop().run_in_executor(self._flusher, engine.abandon)
 
     async def _reopen(self, failed: DurableEngine | None) -> None:
-        if failed is not None:
-            # In the flusher's thread, so that a flush under way ends before the engine closes.
-            await asyncio.get_running_loop().run_in_executor(self._flusher, failed.abandon)
+        await self._abandon(failed)
         while self._replica is None:
             await asyncio.sleep(REOPEN_S)
             try:
                 await asyncio.to_thread(self._identity.begin_life)
                 self._open()
+            except Corrupt as error:
+                if self._may_rejoin:
+                    self._lose(str(error))
+                    return
+                self._failed = str(error)
             except Exception as error:
                 # Whatever it was, it may pass, and a node that gave up would need somebody to notice.
                 self._failed = str(error)
                 logger.warning("%s can't begin its next life: %s", self.name, self._failed)
         self._plan_pump()
+
+    # ------------------------------------------------------------ loss of data
+
+    @property
+    def _folder(self) -> Path:
+        """Of the engine; each incarnation has its own, so nothing is lost before its successor votes."""
+        return self._folder_of(self._identity.incarnation)
+
+    def _folder_of(self, incarnation: int) -> Path:
+        return self._home / (ENGINE_FOLDER if incarnation <= 1 else f"{ENGINE_FOLDER}-{incarnation}")
+
+    @property
+    def _may_rejoin(self) -> bool:
+        return self._config.rejoin and self._routing.topology.storage_replicas > 1
+
+    def _peers(self) -> dict[int, str]:
+        topology = self._routing.topology
+        replicas = range(topology.storage_replicas)
+        return {peer: topology.storage_node(self.group, peer) for peer in replicas if peer != self.number}
+
+    def _lives(self) -> Lives:
+        if self._replica is None or not self._votes_allowed:
+            return Lives((self.number, 0, 0), False, [])
+        return self._replica.lives()
+
+    def _rejoin_if_fenced(self) -> None:
+        if self._replica is not None and self._replica.state == FENCED and self._may_rejoin:
+            self._lose(self._replica.reason)
+
+    def _lose(self, reason: str) -> None:
+        """What this node holds counts no more: come back as a learner."""
+        if self._rejoin_progress is None:
+            logger.error("%s has lost its data and copies it from its peers: %s", self.name, reason)
+            self.counters.add("rejoins")
+            engine = self._end_life(reason)
+            self._rejoin_progress = Progress(reason=reason)
+            self._keep(self._begin_incarnation(self._rejoin_progress, engine))
+
+    async def _begin_incarnation(self, progress: Progress, engine: DurableEngine | None) -> None:
+        """Choose an incarnation that nobody has seen. All peers must vote: only they have what was lost."""
+        await self._abandon(engine)
+        while self._replica is None:
+            try:
+                await asyncio.to_thread(self._identity.lose_data)
+                seen = await self._ask_lives(progress)
+                if seen is not None:
+                    await asyncio.to_thread(self._remove_engine, self._folder_of(seen + 1))
+                    await asyncio.to_thread(self._identity.begin_incarnation, seen + 1)
+                    self._open()
+                    self._plan_pump()
+                    return
+            except Exception as error:
+                progress.reason = str(error)
+                logger.warning("%s can't begin to rejoin: %s", self.name, progress.reason)
+            await asyncio.sleep(REOPEN_S)
+
+    async def _ask_lives(self, progress: Progress) -> int | None:
+        """The greatest incarnation of this replica that any peer has seen, or None as long as one does not vote."""
+        seen = 0
+        for node in self._peers().values():
+            try:
+                answer = await self._carrier.call(node, AskLives(), 2.0)
+            except CallError as error:
+                progress.reason = f"waiting for {node} to vote, because only both peers together know all: {error}"
+                return None
+            if not isinstance(answer, Lives) or not answer.votes:
+                progress.reason = f"waiting for {node} to vote, because only both peers together know all"
+                return None
+            seen = max([seen, *[life[1] for life in answer.noted if life[0] == self.number]])
+        return seen
+
+    async def _learn(self, replica: Replica) -> None:
+        """Copy and verify, make it durable, vote."""
+        progress = self._rejoin_progress = self._rejoin_progress or Progress()
+        peers = self._peers()
+        rate = self._config.rejoin_mb_per_s * (1 << 20)
+        began = self._now()
+
+        step = self._step_of(replica)
+        try:
+            await self._fence_what_peers_fenced(step, progress)
+            await drive(Rejoin(step, self._now, peers, rate, progress).script(), self._carrier)
+            step(lambda r: r.learning.forget_positions())
+            engine = self._engine
+            if engine is None or self._replica is not replica:
+                return
+            engine.commit()
+            await asyncio.get_running_loop().run_in_executor(self._flusher, engine.sync)
+            await asyncio.to_thread(self._identity.end_learning)
+            step(lambda r: r.begin_voting())
+        except (TimeTierError, OSError) as error:
+            if self._replica is replica:
+                self._break(error)  # the next life goes on where this one stopped
+            return
+        self._rejoin_progress = None
+        logger.warning("%s votes again, after %.1f s", self.name, self._now() - began)
+        for incarnation in range(1, self._identity.incarnation):
+            await asyncio.to_thread(self._remove_engine, self._folder_of(incarnation))
+
+    async def _fence_what_peers_fenced(self, step: Step, progress: Progress) -> None:
+        """Take over which lives each peer has noted: else an old life of the other one could be heard here again."""
+        for node in self._peers().values():
+            while True:
+                try:
+                    answer = await self._carrier.call(node, AskLives(), 2.0)
+                except CallError as error:
+                    progress.reason = str(error)
+                    answer = None
+                if isinstance(answer, Lives) and answer.votes:
+                    lives = [answer.life, *answer.noted]
+                    step(lambda r, lives=lives: r.note_lives(lives))
+                    break
+                progress.reason = progress.reason or f"waiting for {node} to vote"
+                await asyncio.sleep(REOPEN_S)
+        progress.reason = ""
 
     # ------------------------------------------------------------ steps
 
@@ -321,9 +493,11 @@ class StorageService:
         self._waiting[token] = future
         if isinstance(message, Write):
             self._writes.add(token)
+        gate = self._write_gate if isinstance(message, Write) else self._read_gate
         try:
-            self._guard(lambda replica: step(replica, token), question=not isinstance(message, Write | Settle))
-            return await future
+            with gate.entered(*_weight(message)):
+                self._guard(lambda replica: step(replica, token), question=not isinstance(message, Write | Settle))
+                return await future
         finally:
             self._waiting.pop(token, None)
             self._writes.discard(token)
@@ -346,6 +520,18 @@ class StorageService:
             self._break(error)
             raise OutcomeUnknown(f"{self.name} failed: {error}") from error
         self._plan_pump()
+
+    def _step_of(self, replica: Replica) -> Step:
+        """Lets this life of the replica do something, as a step. It raises Unavailable when the life has ended."""
+
+        def step(work: Callable[[Replica], T]) -> T:
+            results: list[T] = []
+            if self._replica is not replica:
+                raise Unavailable(f"{self.name}: this life has ended")
+            self._guard(lambda r: results.append(work(r)))
+            return results[0]
+
+        return step
 
     def _plan_pump(self) -> None:
         if not self._pump_planned:
@@ -378,6 +564,7 @@ class StorageService:
             if future is not None and not future.done():
                 future.set_result(answer)
         for peer, batch in output.peers:
+            batch.full = self._disk.full
             self._carrier.send(self._routing.topology.storage_node(self.group, peer), batch)
 
     async def _flush(self, replica: Replica, engine: DurableEngine) -> None:
@@ -426,7 +613,7 @@ class StorageService:
         """Evict, purge: a slice of a few milliseconds at a time, half of the time at the most."""
         while True:
             more = False
-            if self._replica is not None and self._votes_allowed:
+            if self._replica is not None and self._votes_allowed and not self._disk.bare:
                 ends = self._now() + CHORE_SLICE_S
                 try:
                     while self._now() < ends and (more := self._replica.run_chores(self._now())):
@@ -440,30 +627,17 @@ class StorageService:
     def _look_around(self) -> None:
         """Note how much room the disk has, and the lengths of queues."""
         try:
-            free_bytes = self._free_bytes(self._folder)
+            self._disk.look()
         except OSError as error:
             logger.warning("%s can't tell how full its disk is: %s", self.name, error)
             return
-        self._disk_is_full = free_bytes < self._reserve_bytes
-        self.counters.set("disk_free_bytes", free_bytes)
+        self.counters.set("disk_free_bytes", self._disk.free_bytes)
         replica = self._replica
         if replica is not None:
             self.counters.set("queued_requests", replica.proposer.queued)
             self.counters.set("queued_bytes", replica.proposer.queued_bytes)
             self.counters.set("timelines_in_memory", replica.core.in_memory())
             self.counters.set("chores", replica.chores.pending)
-
-    def _disk_reason(self) -> str:
-        return (
-            f"less than {self._reserve_bytes >> 20} MiB of disk are free (storage.disk_reserve_mb): no writes are "
-            "taken until there is room; reads go on"
-        )
-
-    @staticmethod
-    def _without_writes(batch: PeerBatch) -> PeerBatch:
-        """A peer's batch without what would be written. To a peer that is as if this replica did not answer."""
-        kept: list[PeerMessage] = [message for message in batch.messages if not isinstance(message, WRITES)]
-        return PeerBatch(batch.life, batch.incarnation_seen, batch.boot_seen, kept)
 
     async def _catch_up(self) -> None:
         """Compare with each peer after a start, and now and then: a replica that was away fetches what it missed."""
@@ -476,7 +650,9 @@ class StorageService:
             compared = behind = 0
             for peer in replica.core.peers:
                 try:
-                    behind += await self._compare(replica, peer)
+                    node = self._routing.topology.storage_node(self.group, peer)
+                    script = catch_up(self._step_of(replica), self._now, peer, node)
+                    behind += await drive(script, self._carrier)
                     compared += 1
                 except (CallError, TimeTierError) as error:
                     self._caught_up["reason"] = f"replica {peer}: {error}"
@@ -487,39 +663,15 @@ class StorageService:
             interval_s = self._config.catch_up_interval_s
             pause_s = interval_s if complete and not behind else min(interval_s, 2.0)
 
-    async def _compare(self, replica: Replica, peer: int) -> int:
-        """Go through what a peer has. How many timelines it has more of."""
-        node = self._routing.topology.storage_node(self.group, peer)
-        bucket, cursor = 0, b""
-        behind = 0
-        while bucket >= 0 and self._replica is replica:
-            answer = await self._carrier.call(node, AskChosen(bucket, cursor), 5.0)
-            if not isinstance(answer, ChosenList):
-                raise Unavailable(f"{node} answered with a {type(answer).__name__}: {getattr(answer, 'message', '')}")
-            chosen = unpack_i64(answer.chosen)
-            if len(chosen) != len(answer.timelines):
-                raise ProtocolError(f"{node} answered {len(chosen)} versions of {len(answer.timelines)} timelines")
-            for start in range(0, len(chosen), FETCHES_AT_ONCE):
-                names = answer.timelines[start : start + FETCHES_AT_ONCE]
-                fetched = self._note_behind(replica, peer, names, chosen[start : start + FETCHES_AT_ONCE])
-                behind += fetched
-                await asyncio.sleep(0.02 if fetched else 0)
-            bucket, cursor = answer.next_bucket, answer.next_cursor
-        return behind
 
-    def _note_behind(self, replica: Replica, peer: int, names: list[bytes], chosen: list[int]) -> int:
-        """Fetch what a peer has and this replica lacks. How many timelines are behind."""
-        fetched = 0
-
-        def compare(replica: Replica) -> None:
-            nonlocal fetched
-            now = self._now()
-            for name, entries in zip(names, chosen, strict=True):
-                fetched += replica.note_behind(now, peer, name, entries)
-
-        if self._replica is replica:
-            self._guard(compare)
-        return fetched
+def _weight(message: Message) -> tuple[int, int]:
+    """Requests in a message, and bytes that they take in memory until they are answered."""
+    if isinstance(message, Write):
+        count, items = len(message.timelines), len(message.keys)
+        size = sum(map(len, message.values)) + sum(map(len, message.keys)) + ITEM_BYTES * items
+        return count, size + REQUEST_BYTES * count
+    count = len(message.timelines) if isinstance(message, Check | AskVersions | Settle) else 1
+    return count, REQUEST_BYTES * count
 
 
 def settings_of(config: StorageConfig) -> Settings:
@@ -528,8 +680,10 @@ def settings_of(config: StorageConfig) -> Settings:
         timelines_in_memory=config.timelines_in_memory,
         request_id_entries=config.request_id_entries,
         log_keep_entries=config.log_keep_entries,
+        log_keep_bytes=config.log_keep_mb << 20,
         max_queued_requests=config.max_queued_requests,
         max_queued_bytes=config.max_queued_mb << 20,
+        incoming_bytes=config.max_queued_mb << 20,
         accept_timeout_s=config.accept_timeout_ms / 1000,
         backoff_s=config.prepare_backoff_ms / 1000,
     )

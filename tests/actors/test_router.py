@@ -19,8 +19,9 @@ from timetier.actors.router_link import RouterLink
 from timetier.actors.router_state import MAX_RUNS, RouterState
 from timetier.cluster.carriers.base import Address
 from timetier.cluster.config import Config, load_config
-from timetier.cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from timetier.cluster.errors import ConfigError, InvalidRequest, TimeTierError, Unavailable
 from timetier.cluster.identity import Refused, open_identity
+from timetier.cluster.placement import NodePlace
 from timetier.cluster.static_map import StaticMap
 from timetier.cluster.topology import Topology
 
@@ -137,6 +138,39 @@ def test_policies_may_change_but_the_shape_may_not(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="buckets=2048"):
         open_state(tmp_path, other)
     assert list(open_state(tmp_path).topology().tables) == ["chats"]
+
+
+def zoned(folder: Path, **options: Any) -> Config:
+    loaded = load_config(None, data_dir=folder).model_copy(update={"namespace": "ns"})
+    return Config.model_validate({**json.loads(loaded.to_json()), "zones": options})
+
+
+def test_a_cluster_begins_only_where_all_its_nodes_have_a_place(tmp_path: Path) -> None:
+    config = zoned(tmp_path, names=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="zone 'c'"):
+        RouterState.open(tmp_path, "ns", config, [NodePlace("a"), NodePlace("b")])
+    assert not (tmp_path / "router").exists(), "so the configuration can still be another one"
+    state = RouterState.open(tmp_path, "ns", config, [NodePlace("a"), NodePlace("b"), NodePlace("c")])
+    assert {node: place.zone for node, place in state.places.items() if node.startswith("storage")} == {
+        "storage-0-0": "a",
+        "storage-0-1": "b",
+        "storage-0-2": "c",
+    }
+
+
+def test_a_node_stays_where_it_was_placed_across_restarts_and_changes(tmp_path: Path) -> None:
+    config = zoned(tmp_path, names=["a", "b", "c"], host_label="host")
+    machines = [NodePlace(zone, f"{zone}2") for zone in "abc"]
+    first = RouterState.open(tmp_path, "ns", config, machines)
+    assert first.places["storage-0-1"] == NodePlace("b", "b2")
+    assert open_state(tmp_path).places == first.places
+    more = [*machines, *(NodePlace(zone, f"{zone}1") for zone in "abcd")]
+    renamed = zoned(tmp_path, names=["d", "c", "b", "a"], label="data-centre", host_label="host")
+    assert RouterState.open(tmp_path, "ns", renamed, more).places == first.places
+    caches = renamed.model_copy(update={"cache": renamed.cache.model_copy(update={"nodes": 2})})
+    grown = RouterState.open(tmp_path, "ns", caches, more).places
+    assert grown == {**first.places, "cache-0-1": NodePlace("c")}
+    assert RouterState.open(tmp_path, "ns", zoned(tmp_path, names=list("abc")), []).places == grown
 
 
 def test_reports_of_runs_are_bounded_and_checked(tmp_path: Path) -> None:

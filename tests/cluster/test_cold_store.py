@@ -91,7 +91,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
         lambda: store.read_block(name, 0, 1, 0),
         lambda: store.remove(name),
         lambda: store.restore(name, 0, b"x"),
-        lambda: store.replace(name, 0, iter([b"x"])),
+        lambda: store.add_to_copy(name, 0, 0, b"x"),
         lambda: store.index(name),
     ):
         with pytest.raises(InvalidRequest):
@@ -196,11 +196,21 @@ def test_a_whole_copy_is_taken_only_if_all_its_blocks_are_good(tmp_path: Path) -
     store = ColdStore(tmp_path, 2)
     damaged = bytearray(good)
     damaged[len(good) // 3] ^= 1
+
+    def replace(*pieces: bytes) -> None:
+        offset = 0
+        for piece in pieces:
+            store.add_to_copy("a", 1, offset, piece)
+            offset += len(piece)
+        store.finish_copy("a", 1)
+
     with pytest.raises(Corrupt):
-        store.replace("a", 1, iter([bytes(damaged)]))
+        replace(bytes(damaged))
     with pytest.raises(Corrupt):
-        store.replace("a", 1, iter([good[:-30]]))
+        replace(good[:-30])
+    store.add_to_copy("a", 1, 0, good[:700])
+    store.drop_copy("a", 1)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    store.replace("a", 1, iter([good[:700], good[700:]]))
+    replace(good[:700], good[700:])
     assert Path(tmp_path / "disk-1" / "a").read_bytes() == good
     assert store.index("a")[1].table == b"t"

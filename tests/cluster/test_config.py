@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,20 @@ from timetier.cluster.config import (
     SinkConfig,
     StorageConfig,
     TableConfig,
+    ZonesConfig,
     load_config,
     parse_duration,
     table_policies,
 )
 from timetier.cluster.errors import ConfigError
+from timetier.cluster.placement import NodePlace, place_nodes
 from timetier.cluster.topology import TablePolicy
 
 DAY_S = 86_400
-SECTIONS = [Config, StorageConfig, CacheConfig, ColdConfig, SinkConfig, ClientConfig, NetworkConfig, TableConfig]
+SECTIONS = [
+    *(Config, StorageConfig, CacheConfig, ColdConfig, SinkConfig, ClientConfig),
+    *(ZonesConfig, NetworkConfig, TableConfig),
+]
 
 
 def load(folder: Path, text: str) -> Config:
@@ -129,6 +135,19 @@ def test_what_is_no_duration_is_refused(text: object) -> None:
         ("tables: {'a b': {}}", "tables: 'a b' is no table name"),
         ("tables: {1: {}}", "tables.1: YAML reads this name as int, not as text: write it in quotes"),
         ("network: {tls_cert: a}", "network.tls_key is not set: give tls_cert, tls_key and tls_ca, or none"),
+        ("zones: {names: [a, b]}", "storage.replicas = 3, but zones.names lists 2 zones: replicas of one group would"),
+        ("zones: {names: []}", "zones.names = []: write a list of texts, such as [a, b, c] (values of that label"),
+        ("zones: {names: [a, a, b]}", "zones.names = ['a', 'a', 'b']: zone 'a' is listed twice"),
+        ("zones: {names: [a, b, '!c']}", "zones.names.2 = '!c': write a list of texts"),
+        ("zones: {names: [a, b, no]}", "zones.names.2 = false: write a list of texts"),
+        ("zones: {label: zone}", "some.yaml:1: zones.names is missing: write a list of texts"),
+        ("zones: {names: [a, b, c], label: 'in(x)'}", "zones.label = 'in(x)': write text (label of the Ray nodes"),
+        (
+            "zones: {names: [a, b, c], host_labl: h}",
+            "zones.host_labl = 'h': there is no such field: did you mean",
+        ),
+        ("zones: {names: [a, b, c], allow_shared_zones: 1}", "zones.allow_shared_zones = 1: write true or false ("),
+        ("zones: [a, b, c]", "zones = ['a', 'b', 'c']: write a section"),
         ("namespace: a b", "namespace = 'a b': write text (Ray namespace of the actors: 1 to 64 letters"),
         ("data_dir: 5", "data_dir = 5: write a path"),
         ("- 1", "some.yaml:1: write fields as `name: value`"),
@@ -144,6 +163,27 @@ def test_an_error_names_file_field_value_and_remedy(tmp_path: Path, text: str, e
     error = error_of(tmp_path, text)
     assert error.startswith("some.yaml")
     assert expected in error
+
+
+def test_zones_may_be_fewer_than_replicas_only_when_that_is_said(tmp_path: Path) -> None:
+    text = "zones: {names: [a, b]}\nstorage: {replicas: 1}\ncold: {replicas: %d}"
+    assert "cold.replicas = 3, but zones.names lists 2 zones" in error_of(tmp_path, text % 3)
+    assert load(tmp_path, text % 1).zones == ZonesConfig(names=["a", "b"])
+    shared = load(tmp_path, "zones: {names: [a], label: example.com/dc, allow_shared_zones: true}").zones
+    assert shared == ZonesConfig(names=["a"], label="example.com/dc", allow_shared_zones=True)
+
+
+def test_the_file_for_three_zones_is_complete_and_valid() -> None:
+    path = LOCAL_CONFIG.with_name("three-zones.yaml")
+    loaded = load_config(path)
+    assert loaded.zones is not None
+    assert set(yaml.safe_load(path.read_text())["zones"]) == set(ZonesConfig.model_fields)
+    assert set(yaml.safe_load(path.read_text())) == set(Config.model_fields) - {"client"}
+    zones, nodes = loaded.zones, loaded.topology(cluster_id="c", namespace="n", epoch=1, addresses={}, secret="")
+    places = place_nodes(zones, nodes.node_names(), [NodePlace(name) for name in zones.names], {})
+    for tier in ("storage", "cold", "cache"):
+        counts = Counter(place.zone for node, place in places.items() if node.startswith(tier))
+        assert counts == dict.fromkeys(zones.names, 3), tier
 
 
 def test_all_mistakes_are_reported_together_and_the_list_is_bounded(tmp_path: Path) -> None:

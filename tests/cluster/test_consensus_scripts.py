@@ -129,11 +129,11 @@ def test_a_claim_of_round_zero_is_checked_against_the_entry_before(entry: int) -
     assert timeline.accepted == NO_BALLOT
     group.members[FIRST].boot += 1  # a later life of the rightful replica has lost the right of entry 2
     later = (FIRST, 1, group.members[FIRST].boot)
-    batch = PeerBatch(later, 1, 1, [])
+    batch = PeerBatch(later, 1, 1, [], [1])
     group.replica(THIRD).peer(group.now, FIRST, batch)
     content = Value(later, 0, [rid(9)], bytes((PUT,)), [item_key(9)], [b"x"])
     accept = Accept(ALICE, entry, (0, later), timeline.ballot, content)
-    group.replica(THIRD).peer(group.now, FIRST, PeerBatch(later, 1, 1, [accept]))
+    group.replica(THIRD).peer(group.now, FIRST, PeerBatch(later, 1, 1, [accept], [1]))
     assert (timeline.accepted == (0, later)) == (entry == 1)
     assert first != later
 
@@ -226,7 +226,7 @@ def test_a_peers_life_is_on_disk_before_it_hears_from_us() -> None:
     group.holds = lambda source, target, _m: (source, target) == (FIRST, SECOND)
     member = group.members[FIRST]
     later = (SECOND, 1, 2)
-    group.replica(FIRST).peer(group.now, SECOND, PeerBatch(later, 1, 1, [Prepare(ALICE, 1, (1, later))]))
+    group.replica(FIRST).peer(group.now, SECOND, PeerBatch(later, 1, 1, [Prepare(ALICE, 1, (1, later))], [1]))
     group.pump(FIRST)
     for _ in range(100):
         member.sync_at = None  # the disk takes its time

@@ -20,8 +20,10 @@ from timetier.cluster.carriers.handshake import ClientHandshake, ServerHandshake
 from timetier.cluster.errors import InvalidRequest
 from timetier.cluster.messages import (
     BlockBytes,
+    Failure,
     FileList,
     FileRemove,
+    Files,
     Ping,
     Pong,
     encode,
@@ -95,6 +97,42 @@ def test_a_peer_that_leaves_its_replies_unread_is_cut_off(listen: dict[str, Any]
             writer.transport.abort()
             async with connect(server.address) as carrier:
                 assert await carrier.call(NODE, Ping(), 5) == Pong()
+
+    run(body())
+
+
+def test_peers_that_leave_replies_unread_share_one_bound_and_who_reads_is_spared(listen: dict[str, Any]) -> None:
+    async def body() -> None:
+        async with serve(Node(), listen, max_reply_bytes=20_000_000) as server, connect(server.address) as good:
+            lazy = [await greeted(server.address) for _ in range(8)]
+            frame = encode(FileList("large"))
+            for reader, writer in lazy:
+                reader._transport.pause_reading()  # type: ignore[attr-defined]
+                writer.write(b"".join(HEADER.pack(len(frame), call_id, REQUEST) + frame for call_id in range(1, 13)))
+                assert isinstance(await good.call(NODE, FileList("large"), 5), BlockBytes)
+                assert server.reply_bytes() <= 20_000_000 + 500_100
+            await until(lambda: figure(server, "dropped_frames") >= 1)
+            assert await good.call(NODE, Ping(), 5) == Pong()
+            for _, writer in lazy:
+                writer.transport.abort()
+
+    run(body())
+
+
+def test_beyond_the_handlers_of_a_server_requests_are_refused_with_a_hint(listen: dict[str, Any]) -> None:
+    async def body() -> None:
+        node = Node()
+        async with serve(node, listen, max_handlers=8) as server, connect(server.address) as carrier:
+            calls = [asyncio.create_task(carrier.call(NODE, FileList("a"), 30)) for _ in range(20)]
+            await until(lambda: sum(call.done() for call in calls) == 12)
+            for call in calls:
+                if call.done():
+                    refusal = call.result()
+                    assert isinstance(refusal, Failure)
+                    assert refusal.kind == "Unavailable"
+                    assert refusal.fields["retry_after_s"] > 0
+            node.gates["a"].set()
+            assert sum(isinstance(answer, Files) for answer in await asyncio.gather(*calls)) == 8
 
     run(body())
 

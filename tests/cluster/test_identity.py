@@ -66,7 +66,7 @@ def test_any_damaged_byte_of_the_identity_is_noticed(tmp_path: Path) -> None:
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     open_and_close(tmp_path, may_format=True)
     body = json.loads((tmp_path / "IDENTITY").read_bytes())
-    (tmp_path / "IDENTITY").write_text(json.dumps({**body, "format": 2}))
+    (tmp_path / "IDENTITY").write_text(json.dumps({**body, "format": 3}))
     with pytest.raises(Refused, match="newer TimeTier"):
         open_identity(tmp_path, "c1", "storage-0-1", may_format=True)
 

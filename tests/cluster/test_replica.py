@@ -57,6 +57,21 @@ def test_healthy_writes_need_no_prepare() -> None:
     assert [group.replica(n).core.timeline(ALICE).chosen for n in range(3)] == [200] * 3
 
 
+def test_a_range_that_ends_right_above_an_item_has_that_item() -> None:
+    """A reader that goes on below a block asks with the block's upper end, which lies right above its last key."""
+    group = Group(1)
+    for item_id in (b"", b"x", b"\x00\x01"):
+        assert group.put(FIRST, ALICE, item_id.ljust(16, b"i"), [(7, item_id, b"v")])[0] == OK
+    keys = [item_key(7, item_id) for item_id in (b"", b"x", b"\x00\x01")]
+    for key in keys:
+        for bound, included in ((key, False), (key + b"\x00", True), (key + b"\xff", True)):
+            message = Check([ALICE], pack_i64([-1]), bytes((RANGE,)), [bound], pack_u32([100]))
+            answer = group.call(FIRST, message)
+            assert isinstance(answer, Checked)
+            assert set(live(answer)) == {k for k in keys if k < bound}
+            assert (key in live(answer)) is included
+
+
 def test_requests_that_wait_share_an_entry() -> None:
     group = Group(2)
     tokens = [group.send(FIRST, write_message(ALICE, rid(n), [(n, b"", b"v")])) for n in range(50)]

@@ -95,7 +95,7 @@ def test_a_replica_that_was_away_catches_up_without_being_asked(tmp_path: Path) 
     asyncio.run(run())
 
 
-def test_a_lost_data_folder_is_refused(tmp_path: Path) -> None:
+def test_a_lost_data_folder_is_refused_unless_it_may_be_copied_from_the_peers(tmp_path: Path) -> None:
     async def run() -> None:
         async with StorageCluster(tmp_path) as cluster:
             await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")])
@@ -106,6 +106,7 @@ def test_a_lost_data_folder_is_refused(tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / f"storage-0-{THIRD}", ignore_errors=True)
             shutil.move(tmp_path / "away", tmp_path / f"storage-0-{THIRD}")
             shutil.rmtree(tmp_path / f"storage-0-{THIRD}" / "engine")
+            cluster.config = cluster.config.model_copy(update={"rejoin": False})
             with pytest.raises(Corrupt, match="formatted before"):
                 await cluster.start(THIRD)
             assert (await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1))[0] == OK
@@ -120,7 +121,7 @@ def test_another_replicas_database_is_refused(tmp_path: Path) -> None:
             await cluster.stop(THIRD)
             shutil.rmtree(tmp_path / f"storage-0-{THIRD}" / "engine")
             shutil.copytree(tmp_path / f"storage-0-{SECOND}" / "engine", tmp_path / f"storage-0-{THIRD}" / "engine")
-            with pytest.raises(Corrupt, match="holds the database of"):
+            with pytest.raises(Refused, match="holds the database of"):
                 await cluster.start(THIRD)
 
     asyncio.run(run())
@@ -210,7 +211,9 @@ def test_malformed_requests_are_refused_and_end_no_life(tmp_path: Path) -> None:
                 answer = await cluster.client.call(f"storage-0-{FIRST}", request, 5.0)
                 assert not isinstance(answer, Checked) or not answer.keys, answer
             for messages in peers:
-                await service.handle(PeerBatch(life, 1, 1, messages))
+                boot = service._identity.life_number
+                sender = cluster.services[life[0]]._identity.life_number
+                await service.handle(PeerBatch((life[0], 1, sender), 1, boot, messages))
             assert (await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)) == (OK, 2)
             assert service.status()["boot"] == 1
             assert "lives_ended_by_errors" not in service.counters.totals
@@ -246,22 +249,24 @@ def test_on_a_nearly_full_disk_writes_are_refused_reads_go_on_and_writes_come_ba
     async def run() -> None:
         async with StorageCluster(tmp_path) as cluster:
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
-            reserves = {number: service._reserve_bytes for number, service in cluster.services.items()}
+            reserves = {number: service._disk.reserve_bytes for number, service in cluster.services.items()}
             for number in (FIRST, THIRD):  # as if their disks had less room than the reserve
-                cluster.services[number]._reserve_bytes = 1 << 62
+                cluster.services[number]._disk.reserve_bytes = 1 << 62
             await wait_for(
                 lambda: all("no writes" in cluster.services[n].status()["reason"] for n in (FIRST, THIRD)),
                 "the nodes to notice",
             )
             with pytest.raises(AssertionError, match="disk_reserve_mb"):
                 await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
-            second = asyncio.create_task(cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1))
             assert await items_of(cluster, FIRST) == {item_key(1): b"x"}
-            assert (await second)[0] != OK, "no majority has room"
+            await wait_for(lambda: len(cluster.services[SECOND]._disk._full_peers) == 2, "the third to be told")
+            with pytest.raises(AssertionError, match="disks of replicas .* are full"):
+                await cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
             for number, reserve in reserves.items():
-                cluster.services[number]._reserve_bytes = reserve
+                cluster.services[number]._disk.reserve_bytes = reserve
             await wait_for(lambda: not cluster.services[FIRST].status()["reason"], "room to be noticed")
             await wait_for(lambda: not cluster.services[THIRD].status()["reason"], "room to be noticed")
+            await wait_for(lambda: not cluster.services[SECOND]._disk._full_peers, "the third to be told")
             assert (await cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1)) == (OK, 2)
             assert (await cluster.put(FIRST, ALICE, rid(3), [(item_key(3), b"x")], seen=2)) == (OK, 3)
 

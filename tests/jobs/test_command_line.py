@@ -21,6 +21,7 @@ import pytest
 from timetier.actors.launch import stop_cluster
 from timetier.actors.local_ray import LocalRay, find_local_ray, stop_local_ray
 from timetier.actors.processes import family
+from timetier.cluster.storage.engine import RocksEngine
 from timetier.jobs.cli_common import run_command
 from timetier.jobs.command_line import commands
 
@@ -180,6 +181,44 @@ def test_the_sink_is_run_and_followed_and_everything_stays_readable(shell: Shell
     assert [(item["timestamp"], item["value"]) for item in items] == [(3, "v3"), (2, "v2"), (1, "v1")]
     assert shell.json("status")["router"]["runs"][-1]["run"] == done["id"]
     assert_one_error_line(shell.run("sink", "--namespace", "nowhere"), 1, "nowhere", "timetier up")
+
+
+def change_a_row(folder: Path) -> None:
+    """Another value in one row of a storage node that does not run."""
+    engine = RocksEngine(folder / "engine", create=False, cache_mb=8, write_buffer_mb=4)
+    name, row = next((name, row) for name, row in engine.scan(b"R", b"S") if b"moments" in name and b"verified" in name)
+    engine.put(name, row[:-1] + bytes((row[-1] ^ 1,)))
+    engine.close()
+
+
+def test_a_replica_that_was_changed_is_named_by_verify_and_mended_by_repair(shell: Shell) -> None:
+    for at in range(3):
+        shell.quick("put", "verified", str(at), f"v{at}")
+    equal = shell.quick("verify")
+    assert (equal["ok"], equal["differing"], equal["buckets_compared"]) == (True, 0, equal["buckets"])
+    assert equal["timelines"] == equal["equal"] > 0
+
+    stop_cluster(NAMESPACE)
+    change_a_row(shell.folder / "data" / "storage-0-1")
+    assert shell.json("up")["state"] == "serving"
+
+    found = shell.quick("verify", status=1)
+    (difference,) = found["differences"]
+    assert (difference["table"], difference["owner"], difference["outliers"]) == ("moments", "verified", [1])
+    assert {replica["version"] for replica in difference["replicas"]} == {3}
+    digests = [replica["digest"] for replica in difference["replicas"]]
+    assert digests[0] == digests[2] != digests[1]
+
+    told = shell.run("repair", "--dry-run")
+    assert told.returncode == 1, told.stderr.decode()
+    assert "replica 1 differs from 0 and 2: to be mended from replica 0" in told.stdout.decode()
+    assert shell.quick("repair")["mended"] == 1
+    done = shell.run("verify")
+    assert (done.returncode, done.stdout.decode().splitlines()[-1]) == (0, "all replicas are equal")
+
+
+def test_a_table_that_is_not_configured_can_not_be_verified(shell: Shell) -> None:
+    assert_one_error_line(shell.run("verify", "--table", "_none"), 1, "_none", "table")
 
 
 def test_starting_it_again_is_a_success(shell: Shell) -> None:

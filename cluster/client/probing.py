@@ -1,0 +1,65 @@
+"""Asks suspected nodes whether they are back, aside from all requests, so that no request waits for one in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from ..carriers.base import CallError, Carrier
+from ..errors import TimeTierError
+from ..messages import Ping
+from .view import View
+
+
+class Prober:
+    """Probes the suspected nodes of one client, each when its suspicion is due, until it is stopped."""
+
+    def __init__(self, view: View, carrier: Carrier) -> None:
+        self._view = view
+        self._carrier = carrier
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        view.suspects.probed = True
+        view.suspects.on_suspect = self._wake
+
+    async def stop(self) -> None:
+        """End the background task. Suspicion ends by time from then on."""
+        suspects = self._view.suspects
+        suspects.probed, suspects.on_suspect = False, lambda: None
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._probe_all())
+
+    async def _probe_all(self) -> None:
+        """As long as there are suspected nodes. Each is probed by a task of its own: one may take its time."""
+        suspects = self._view.suspects
+        under_way: dict[str, asyncio.Task[None]] = {}
+        try:
+            while suspects.any_active():
+                self._changed.clear()
+                for node in suspects.due():
+                    if node not in under_way:
+                        under_way[node] = task = asyncio.create_task(self._probe(node))
+                        task.add_done_callback(lambda _: self._changed.set())
+                due_at = suspects.next_due(under_way)
+                pause_s = None if due_at is None else max(0.0, due_at - self._view.now())
+                with contextlib.suppress(TimeoutError):  # then somebody is due
+                    await asyncio.wait_for(self._changed.wait(), pause_s)
+                under_way = {node: task for node, task in under_way.items() if not task.done()}
+        finally:
+            for task in under_way.values():
+                task.cancel()
+
+    async def _probe(self, node: str) -> None:
+        suspects = self._view.suspects
+        try:
+            await self._carrier.call(node, Ping(), self._view.settings.attempt_timeout_s)
+        except (CallError, TimeTierError):
+            suspects.suspect(node)
+        else:
+            suspects.trust(node)

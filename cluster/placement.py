@@ -1,0 +1,129 @@
+"""Which zone, and which machine of it, each node lives in. Pure: it is given what there is, and decides.
+
+Data lie on the disks of one machine, so a node is placed once, for good. The Router keeps what was decided; only nodes
+without a place get one. Replica r of group g lives in zone number (g + r) modulo their number: the replicas of a
+group are apart, and over several groups each zone gets its share of every number. Cache nodes go round in the same way.
+
+Within a zone the node goes to the machine with the fewest of its kind. Machines are told apart by a label that is the
+same after each restart (`zones.host_label`); without one a zone has a single machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import ZonesConfig
+
+CACHE = "cache"
+
+
+class NodePlace(msgspec.Struct, frozen=True):
+    """A zone and a machine of it. `host`: value of the label `zones.host_label`; "" = any machine of the zone."""
+
+    zone: str
+    host: str = ""
+
+
+def machines_of(zones: ZonesConfig, labels: Iterable[Mapping[str, str]]) -> list[NodePlace]:
+    """Machines that can hold nodes, one for each Ray node that is alive and carries our labels; `labels`: of each."""
+    return [
+        NodePlace(found[zones.label], found.get(zones.host_label, "") if zones.host_label else "")
+        for found in labels
+        if found.get(zones.label) in zones.names and (zones.host_label is None or found.get(zones.host_label))
+    ]
+
+
+def place_nodes(
+    zones: ZonesConfig, nodes: Sequence[str], machines: Iterable[NodePlace], placed: Mapping[str, NodePlace]
+) -> dict[str, NodePlace]:
+    """Place of each of `nodes` (`TIER-GROUP-NUMBER`): that of `placed`, or else on one of `machines`.
+
+    Raises ConfigError when a zone that is needed has no machine, or two that can't be told apart, and when two
+    replicas of a group would share a zone (unless `zones.allow_shared_zones`).
+    """
+    places = {node: placed[node] for node in nodes if node in placed}
+    found = list(machines)
+    present = [zone for zone in zones.names if any(machine.zone == zone for machine in found)]
+    for node in nodes:
+        if node not in places:
+            zone = _zone_of(node, zones, present)
+            host = "" if _tier(node) == CACHE else _choose_host(node, zone, zones, found, places)
+            places[node] = NodePlace(zone, host)
+    if not zones.allow_shared_zones:
+        _check_apart(places)
+    return places
+
+
+def selector(zones: ZonesConfig, place: NodePlace) -> dict[str, str]:
+    """Labels that a Ray node must have to be this place."""
+    labels = {zones.label: place.zone}
+    if place.host and zones.host_label:
+        labels[zones.host_label] = place.host
+    return labels
+
+
+def how_to_start(labels: Mapping[str, str]) -> str:
+    """Command that starts a Ray node with these labels."""
+    return f"`ray start --address=HEAD:PORT --labels {','.join(f'{k}={v}' for k, v in labels.items())}`"
+
+
+def _zone_of(node: str, zones: ZonesConfig, present: list[str]) -> str:
+    _, group, number = node.split("-")
+    names = present if zones.allow_shared_zones and present else zones.names
+    zone = names[(int(group) + int(number)) % len(names)]
+    if zone not in present:
+        wanted = {zones.label: zone, **({zones.host_label: "NAME"} if zones.host_label else {})}
+        there = ", ".join(present) or "none of the others either"
+        raise ConfigError(
+            f"{node} belongs in zone {zone!r} (zones.names), but no Ray node that is alive carries the labels of it "
+            f"(alive: {there}): start one with {how_to_start(wanted)}"
+        )
+    return zone
+
+
+def _choose_host(
+    node: str, zone: str, zones: ZonesConfig, machines: list[NodePlace], places: Mapping[str, NodePlace]
+) -> str:
+    """The machine of the zone with the fewest nodes of this tier, first those without a replica of this group."""
+    hosts = [machine.host for machine in machines if machine.zone == zone]
+    if zones.host_label is None and len(hosts) > 1:
+        raise ConfigError(
+            f"zone {zone!r} has {len(hosts)} Ray nodes, and the data of {node} would lie on one of them: give each a "
+            f"label of its own that stays (`ray start --labels {zones.label}={zone},host=NAME`) and write "
+            "zones.host_label = host, or run one Ray node there"
+        )
+
+    def burden(host: str) -> tuple[int, int, str]:
+        there = [name for name, place in places.items() if place == NodePlace(zone, host)]
+        same_tier = [name for name in there if _tier(name) == _tier(node)]
+        return sum(_group(name) == _group(node) for name in same_tier), len(same_tier), host
+
+    return min(sorted(set(hosts)), key=burden)
+
+
+def _check_apart(places: Mapping[str, NodePlace]) -> None:
+    """Raises ConfigError when two replicas of a group are in one zone."""
+    taken: dict[tuple[str, str], str] = {}
+    for node, place in sorted(places.items()):
+        if _tier(node) == CACHE:
+            continue
+        other = taken.setdefault((_group(node), place.zone), node)
+        if other != node:
+            raise ConfigError(
+                f"{other} and {node} are replicas of one group and both in zone {place.zone!r}: they would be lost "
+                "together: keep zones.allow_shared_zones = true for this cluster, or begin another one with more zones"
+            )
+
+
+def _tier(node: str) -> str:
+    return node.partition("-")[0]
+
+
+def _group(node: str) -> str:
+    return node.rpartition("-")[0]  # with its tier

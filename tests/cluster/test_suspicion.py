@@ -1,0 +1,208 @@
+"""Nodes that fail are asked last, found again by questions aside, and trusted slowly when they fail again and again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from client_model import FixedSource, ModelStore, make_topology, until
+from timetier.cluster.client.store import AsyncStore
+from timetier.cluster.client.suspects import Suspects
+from timetier.cluster.client.view import ClientSettings, View
+from timetier.cluster.keys import timeline_key
+from timetier.cluster.memory.suspicion import Suspicion
+from timetier.cluster.messages import Message, Ping, Write
+
+NODE = "storage-0-0"
+SETTINGS = ClientSettings(
+    timeout_s=5.0,
+    attempt_timeout_s=0.1,
+    suspect_s=0.05,
+    suspect_max_s=0.1,
+    relapse_max_s=0.5,
+    probation_timeout_s=0.05,
+    back_off_s=0.001,
+)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def suspects(clock: Clock) -> Suspects:
+    return Suspects(clock, first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
+
+
+# ---------------------------------------------------------------- the client's
+
+
+def test_a_node_that_fails_again_after_each_answer_is_suspected_four_times_as_long_each_time() -> None:
+    clock = Clock()
+    found = suspects(clock)
+    lengths = []
+    for _ in range(5):
+        found.suspect(NODE)
+        due_at = found.next_due(())
+        assert due_at is not None
+        lengths.append(due_at - clock.now)
+        clock.now = due_at
+        found.trust(NODE)
+        assert NODE not in found
+        assert found.on_probation(NODE)
+        clock.now += 1.0
+    assert lengths == [1.0, 4.0, 16.0, 16.0, 16.0]
+
+
+def test_a_node_that_has_answered_for_long_is_as_good_as_any_other() -> None:
+    clock = Clock()
+    found = suspects(clock)
+    for _ in range(3):
+        found.suspect(NODE)
+        found.trust(NODE)
+    clock.now += 60.0
+    assert not found.on_probation(NODE)
+    found.suspect(NODE)
+    assert found.next_due(()) == clock.now + 1.0
+    found.trust(NODE)
+    clock.now += 60.0
+    found.trust(NODE)
+    assert not found, "nothing is left of it"
+
+
+def test_while_somebody_probes_a_suspicion_does_not_end_by_time() -> None:
+    clock = Clock()
+    found = suspects(clock)
+    found.probed = True
+    found.suspect(NODE)
+    clock.now += 1_000.0
+    assert NODE in found
+    assert found.due() == [NODE]
+    found.suspect(NODE)  # the probe brought no answer
+    assert found.due() == []
+    assert found.next_due(()) == clock.now + 2.0
+    found.trust(NODE)
+    assert NODE not in found
+
+
+def test_a_node_on_probation_gets_less_time() -> None:
+    clock = Clock()
+    view = View(make_topology(), now=clock, random=Random(1), settings=SETTINGS)
+    assert view.attempt_timeout_s(NODE, hasty=True) == SETTINGS.attempt_timeout_s
+    view.suspect(NODE)
+    assert view.attempt_timeout_s(NODE, hasty=True) == SETTINGS.attempt_timeout_s, "it is the last resort then"
+    view.trust(NODE)
+    assert view.attempt_timeout_s(NODE, hasty=True) == SETTINGS.probation_timeout_s
+    assert view.attempt_timeout_s(NODE, hasty=False) == SETTINGS.attempt_timeout_s
+
+
+def with_store(scenario: Callable[[ModelStore, AsyncStore], object]) -> None:
+    async def run() -> None:
+        topology = make_topology()
+        model = ModelStore(topology)
+        async with AsyncStore(model.network.carrier("client"), topology, FixedSource(), settings=SETTINGS) as store:
+            await scenario(model, store)  # type: ignore[misc]
+
+    asyncio.run(run())
+
+
+def test_no_request_waits_for_a_node_that_stays_silent_after_the_first_one_did() -> None:
+    async def scenario(model: ModelStore, store: AsyncStore) -> None:
+        timeline = timeline_key(b"moments", b"alice", 1024)
+        silent = store.view.routing.storage_order(timeline)[0]
+
+        async def fault(node: str, message: Message) -> Message | None:
+            if node == silent:
+                await asyncio.sleep(3_600)
+            return None
+
+        model.fault = fault
+        table = store.table("moments")
+        for number in range(200):
+            await table.put("alice", number, b"v")
+            await asyncio.sleep(0.005)  # so that suspicions become due meanwhile
+        asked = [message for node, message in model.log if node == silent]
+        assert sum(isinstance(message, Write) for message in asked) == 1
+        assert sum(isinstance(message, Ping) for message in asked) > 2, "it is probed aside"
+
+    with_store(scenario)
+
+
+def test_a_node_that_is_back_gets_requests_again() -> None:
+    async def scenario(model: ModelStore, store: AsyncStore) -> None:
+        timeline = timeline_key(b"moments", b"alice", 1024)
+        first = store.view.routing.storage_order(timeline)[0]
+        silent = True
+
+        async def fault(node: str, message: Message) -> Message | None:
+            if node == first and silent:
+                await asyncio.sleep(3_600)
+            return None
+
+        model.fault = fault
+        table = store.table("moments")
+        await table.put("alice", 1, b"v")
+        assert store.view.is_suspect(first)
+        silent = False
+        await until(lambda: not store.view.is_suspect(first))
+        before = len(model.log)
+        await table.put("alice", 2, b"v")
+        assert [node for node, message in model.log[before:] if isinstance(message, Write)] == [first]
+
+    with_store(scenario)
+
+
+def test_a_node_that_is_back_but_slow_serves_what_fails_for_want_of_time_at_first() -> None:
+    async def scenario(model: ModelStore, store: AsyncStore) -> None:
+        for node in store.view.routing.topology.node_names():
+            store.view.suspect(node)
+            store.view.trust(node)
+
+        async def fault(node: str, message: Message) -> Message | None:
+            await asyncio.sleep(1.5 * SETTINGS.probation_timeout_s)
+            return None
+
+        model.fault = fault
+        assert await store.table("moments").put("alice", 1, b"v") == 1
+
+    with_store(scenario)
+
+
+# ---------------------------------------------------------------- the reader's
+
+
+def test_a_reader_asks_a_relapsed_node_four_times_as_late_and_gives_it_less_time() -> None:
+    found = Suspicion(first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
+    now, pauses = 100.0, []
+    for _ in range(4):
+        found.suspect(NODE, now, Ping())
+        began = now
+        while not found.due(now):
+            now += 0.5
+        pauses.append(now - began)
+        assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
+        found.trust(NODE)
+        assert NODE not in found
+        assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.1
+    assert pauses == [1.0, 4.0, 16.0, 16.0] or pauses == [1.0, 8.0, 16.0, 16.0]
+
+
+@pytest.mark.parametrize("failures", [1, 5])
+def test_a_reader_forgets_failures_of_long_ago(failures: int) -> None:
+    found = Suspicion(first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
+    now = 100.0
+    for _ in range(failures):
+        found.suspect(NODE, now, Ping())
+        found.trust(NODE)
+    now += 16.0 + 60.0
+    assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
+    found.suspect(NODE, now, Ping())
+    assert found.due(now + 0.9) == []
+    assert [node for node, _ in found.due(now + 1.0)] == [NODE]

@@ -1,0 +1,202 @@
+"""Makes the planned faults happen, and ends all of them when the clients are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .network import Weather
+from .plan import Fault
+from .workload import Workload
+from .world import World
+
+POWER_CUT_S = 0.3
+
+_WEATHERS = (
+    Weather(dropped=0.02),
+    Weather(dropped=0.2),
+    Weather(doubled=0.1, late_s=0.5),
+    Weather(straggling=0.2, late_s=0.3),
+    Weather(dropped=0.05, doubled=0.05, straggling=0.1, late_s=2.0),
+)
+
+
+class Faults:
+    """The faults of one run."""
+
+    def __init__(self, world: World, workload: Workload) -> None:
+        self._world = world
+        self._workload = workload
+        self._over = False
+        self._ends: dict[str, Callable[[], None]] = {}  # of faults that are on, by what they are on
+        self._damaged: set[str] = set()
+
+    def begin(self) -> None:
+        """Plan the faults of the run."""
+        self._world.network.weather = self._world.weather
+        for fault in self._world.plan.faults:
+            self._world.later(fault.at_s, lambda fault=fault: self._happen(fault))  # type: ignore[misc]
+
+    def end(self) -> None:
+        """End all faults: nodes run, links work, disks have room."""
+        self._over = True
+        world = self._world
+        world.trace.note("faults", "are over")
+        world.network.heal()
+        for end in list(self._ends.values()):
+            end()
+        for node in world.nodes.values():
+            node.disk.crash_after = None
+            node.disk.full = node.disk.failing = False
+            node.slow = 1.0
+            if node.life is None:
+                world.start(node.name)
+
+    def _happen(self, fault: Fault) -> None:
+        if self._over:
+            return
+        self._world.trace.note("fault", str(fault))
+        _HAPPENS[fault.kind](self, fault)
+
+    def _until(self, what: str, lasts_s: float, end: Callable[[], None]) -> None:
+        """Have a fault end after some time, or with all others. A fault on the same thing replaces it."""
+
+        def over() -> None:
+            if self._ends.get(what) is over:
+                del self._ends[what]
+                self._world.trace.note("fault", f"{what} is over")
+                end()
+
+        self._ends[what] = over
+        self._world.later(lasts_s, over)
+
+    # ------------------------------------------------------------ processes
+
+    def _crash(self, fault: Fault) -> None:
+        self._world.nodes[fault.node].restart_s = fault.lasts_s
+        self._world.crash(fault.node)
+
+    def _crash_at_disk(self, fault: Fault) -> None:
+        node = self._world.nodes[fault.node]
+        node.restart_s, node.disk.crash_after = fault.lasts_s, int(fault.amount)
+
+    def _crash_all(self, fault: Fault) -> None:
+        for name, node in self._world.nodes.items():
+            node.restart_s = POWER_CUT_S
+            self._world.crash(name, "power cut")
+
+    def _pause(self, fault: Fault) -> None:
+        life = self._world.nodes[fault.node].life
+        if life is not None:
+            self._world.loop.pause(life)
+            self._until(f"pause of {fault.node}", fault.lasts_s, lambda: self._world.loop.resume(life))
+
+    def _kill_client(self, fault: Fault) -> None:
+        self._workload.kill_client(fault.node)
+
+    def _sink(self, fault: Fault) -> None:
+        self._workload.run_sink(f"sink-{fault.number}", killed_after_s=fault.lasts_s)
+
+    # ------------------------------------------------------------ network
+
+    def _isolate(self, fault: Fault) -> None:
+        names = [name for name in (*self._world.nodes, *self._workload.names()) if name != fault.node]
+        self._cut_links([(fault.node, n) for n in names] + [(n, fault.node) for n in names], fault)
+
+    def _cut(self, fault: Fault) -> None:
+        self._cut_links([(fault.node, fault.other), (fault.other, fault.node)], fault)
+
+    def _cut_one_way(self, fault: Fault) -> None:
+        self._cut_links([(fault.node, fault.other)], fault)
+
+    def _cut_links(self, links: list[tuple[str, str]], fault: Fault) -> None:
+        network = self._world.network
+        for source, target in links:
+            network.cut(source, target)
+
+        def mend() -> None:
+            for source, target in links:
+                network.mend(source, target)
+
+        self._until(f"cut {fault.number}", fault.lasts_s, mend)
+
+    def _slow_link(self, fault: Fault) -> None:
+        network = self._world.network
+        network.slow_down(fault.node, fault.other, fault.amount)
+        end = f"slow link from {fault.node} to {fault.other}"
+        self._until(end, fault.lasts_s, lambda: network.slow_down(fault.node, fault.other, 0.0))
+
+    def _weather(self, fault: Fault) -> None:
+        network = self._world.network
+        network.weather = _WEATHERS[fault.number % len(_WEATHERS)]
+
+        def clear() -> None:
+            network.weather = self._world.weather
+
+        self._until("weather", fault.lasts_s, clear)
+
+    # ------------------------------------------------------------ disks and clocks
+
+    def _slow_disk(self, fault: Fault) -> None:
+        node = self._world.nodes[fault.node]
+        node.slow = 50.0
+
+        def end() -> None:
+            node.slow = 1.0
+
+        self._until(f"slow disk of {fault.node}", fault.lasts_s, end)
+
+    def _full_disk(self, fault: Fault) -> None:
+        disk = self._world.nodes[fault.node].disk
+        disk.full = True
+
+        def end() -> None:
+            disk.full = False
+
+        self._until(f"full disk of {fault.node}", fault.lasts_s, end)
+
+    def _broken_disk(self, fault: Fault) -> None:
+        disk = self._world.nodes[fault.node].disk
+        disk.failing = True
+
+        def end() -> None:
+            disk.failing = False
+
+        self._until(f"broken disk of {fault.node}", fault.lasts_s, end)
+
+    def _clock_jump(self, fault: Fault) -> None:
+        self._world.skew_us[fault.node] += int(fault.amount * 1e6)
+
+    def _flip_cold(self, fault: Fault) -> None:
+        folder = self._world.nodes[fault.node].cold
+        files = folder.files()
+        if files:
+            self._world.cold_copies_needed = self._world.topology.cold_replicas - 1
+            folder.flip_bit(files[int(fault.amount) % len(files)], int(fault.amount) // 7)
+
+    def _lose_cold(self, fault: Fault) -> None:
+        folder = self._world.nodes[fault.node].cold
+        files = folder.files()
+        if files:
+            self._world.cold_copies_needed = self._world.topology.cold_replicas - 1
+            folder.lose(files[int(fault.amount) % len(files)])
+
+
+_HAPPENS: dict[str, Callable[[Faults, Fault], None]] = {
+    "crash": Faults._crash,
+    "crash at disk": Faults._crash_at_disk,
+    "crash all": Faults._crash_all,
+    "pause": Faults._pause,
+    "isolate": Faults._isolate,
+    "cut": Faults._cut,
+    "one-way cut": Faults._cut_one_way,
+    "slow link": Faults._slow_link,
+    "weather": Faults._weather,
+    "slow disk": Faults._slow_disk,
+    "full disk": Faults._full_disk,
+    "broken disk": Faults._broken_disk,
+    "clock jump": Faults._clock_jump,
+    "kill client": Faults._kill_client,
+    "flip cold": Faults._flip_cold,
+    "lose cold": Faults._lose_cold,
+    "sink": Faults._sink,
+}

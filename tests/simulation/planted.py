@@ -1,0 +1,370 @@
+"""Bugs that the simulation must find: one-line ones, each against a rule that the store relies on.
+
+A list of planted bugs shows that the checks can find bugs at all, and which of them find what. Some rules guard
+against schedules so rare that only a directed one meets them: `planted_runs.py` says which, and by what they are
+found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .planting import Bug, Edit, Swap
+
+
+def _share_late(put: Callable[..., Any]) -> Callable[..., Any]:
+    """A read that arrives while an equal one is under way is answered with it, though its batch has left."""
+
+    def share(lane: Any, reads: Iterable[Any]) -> None:
+        rest = []
+        for read in reads:
+            twin = _under_way.get((id(lane), read.timeline, read.key, read.limit))
+            if twin is not None and twin.answer is None:
+                _followers.setdefault(id(twin), []).append(read)
+            else:
+                _under_way[id(lane), read.timeline, read.key, read.limit] = read
+                rest.append(read)
+        put(lane, rest)
+
+    return share
+
+
+def _answer_followers(done: Callable[..., Any]) -> Callable[..., Any]:
+    def answer(service: Any, read: Any) -> None:
+        done(service, read)
+        for follower in _followers.pop(id(read), []):
+            follower.answer = read.answer
+            done(service, follower)
+
+    return answer
+
+
+_under_way: dict[tuple[int, bytes, bytes, int], Any] = {}
+_followers: dict[int, list[Any]] = {}
+
+
+def _bug(name: str, rule: str, *changes: tuple[str, str, str] | Swap) -> Bug:
+    return Bug(name, rule, tuple(Edit(*change) if isinstance(change, tuple) else change for change in changes))
+
+
+BUGS = [
+    # ---- disk and restart
+    _bug(
+        "answer before fsync",
+        "an acceptance is answered when it is on disk",
+        (
+            "paxos.acceptor:Acceptor.on_accept",
+            "Accepted(timeline.key, message.entry, ballot), timeline.dirty)",
+            "Accepted(timeline.key, message.entry, ballot))",
+        ),
+    ),
+    _bug(
+        "own vote before fsync",
+        "a proposer counts its own vote when it is on disk",
+        (
+            "paxos.proposer:Proposer.durable",
+            "ready = [vote for vote in self._own_votes if vote[0] <= self.core.durable]",
+            "ready = list(self._own_votes)",
+        ),
+    ),
+    _bug(
+        "promise not written",
+        "a promise is durable before it is given",
+        ("paxos.acceptor:Acceptor.promise", "self.core.mark(timeline)", ""),
+    ),
+    _bug(
+        "promise forgotten in a restart",
+        "a promise binds all later lives",
+        ("paxos.core:Core._load", "if meta.promised_entry == timeline.chosen + 1:", "if False:"),
+    ),
+    _bug(
+        "ballot reused after a restart",
+        "no ballot is used by two lives",
+        ("identity:Identity.life_number", "return self.boot << TOKEN_BITS | self.token", "return 1"),
+    ),
+    _bug(
+        "memory ahead of the engine after a restart",
+        "an accepted entry is not yet a chosen one",
+        (
+            "paxos.core:Core._load",
+            "if meta.promised_entry ==",
+            "if timeline.record is not None:\n        self._apply_loaded(timeline)\n    if meta.promised_entry ==",
+        ),
+    ),
+    _bug(
+        "memory behind the engine after a restart",
+        "a later record proves that the one before was chosen",
+        ("paxos.core:Core._load", "self._apply_loaded(timeline)", "break"),
+    ),
+    _bug(
+        "torn write of many items",
+        "the record and the rows of an entry are one write",
+        (
+            "paxos.acceptor:Acceptor._write_entry",
+            "engine.put(log_key(key, entry), record)",
+            "engine.put(log_key(key, entry), record)\n    engine.commit()",
+        ),
+    ),
+    # ---- proposers and acceptors
+    _bug(
+        "second value in round 0",
+        "the right to round 0 of an entry is used once",
+        (
+            "paxos.proposer:Proposer._has_right",
+            "if timeline.promised != NO_BALLOT or timeline.accepted != NO_BALLOT:",
+            "if timeline.promised != NO_BALLOT:",
+        ),
+    ),
+    _bug(
+        "round 0 outlives a promise",
+        "who has promised a higher round does not use round 0",
+        (
+            "paxos.proposer:Proposer._has_right",
+            "if timeline.promised != NO_BALLOT or timeline.accepted != NO_BALLOT:",
+            "if timeline.accepted != NO_BALLOT:",
+        ),
+        ("paxos.proposer:Proposer._send_accept", "if against > proposal.ballot:", "if False:"),
+    ),
+    _bug(
+        "round 0 for every life of a replica",
+        "the right to round 0 dies with the life that has it",
+        (
+            "paxos.proposer:Proposer._has_right",
+            "return timeline.origin == self.core.life",
+            "return timeline.origin[0] == self.core.replica",
+        ),
+        (
+            "paxos.acceptor:Acceptor._claim_holds",
+            "return timeline.origin == life",
+            "return timeline.origin[0] == life[0]",
+        ),
+    ),
+    _bug(
+        "claim to round 0 not checked",
+        "acceptors check a claim to round 0 against entry e-1",
+        ("paxos.acceptor:Acceptor._claim_holds", "return timeline.origin == life", "return True"),
+        ("paxos.proposer:Proposer._has_right", "return timeline.origin == self.core.life", "return True"),
+    ),
+    _bug(
+        "accepts below its promise",
+        "a promise excludes lower ballots",
+        (
+            "paxos.acceptor:Acceptor.on_accept",
+            "if ballot < max(timeline.promised, timeline.accepted) or",
+            "if ballot < timeline.accepted or",
+        ),
+    ),
+    _bug(
+        "value of the lowest ballot",
+        "a proposer is bound to the value of the highest ballot that it is told of",
+        (
+            "paxos.proposer:Proposer.on_promise",
+            "accepted, value, _ = max(proposal.promises.values(), key=lambda p: p[0])",
+            "accepted, value, _ = min(proposal.promises.values(), key=lambda p: p[0])",
+        ),
+    ),
+    _bug(
+        "one vote suffices",
+        "an entry is chosen by a majority",
+        ("paxos.proposer:Proposer.on_accepted", "< self.core.majority", "< self.core.majority - 1"),
+    ),
+    _bug(
+        "chosen at another ballot",
+        "word that an entry is chosen counts only at the ballot at which it was accepted",
+        (
+            "paxos.acceptor:Acceptor.on_chosen",
+            "timeline.accepted == message.ballot != NO_BALLOT",
+            "timeline.accepted != NO_BALLOT",
+        ),
+    ),
+    _bug(
+        "rows of a replaced value stay",
+        "the rows of an accepted value go when it is replaced",
+        ("paxos.acceptor:Acceptor._write_entry", "if old and old not in kept:", "if False:"),
+    ),
+    # ---- requests
+    _bug(
+        "retried request applied twice",
+        "request ids are checked at each proposal",
+        ("paxos.proposer:Proposer._eligible", "applied = ids.get(waiter.request_id)", "applied = None"),
+    ),
+    _bug(
+        "request ids lost in a state transfer",
+        "request ids go with the timeline's state",
+        (
+            "paxos.catchup:CatchUp._send_state",
+            "ids = [] if following else self._recent_ids(timeline, version)",
+            "ids = [(version, [])]",
+        ),
+    ),
+    _bug(
+        "request ids lost in a restart",
+        "request ids are read back from the log",
+        ("paxos.core:Core.ids_of", "low = max(timeline.log_low, ", "low = max(timeline.chosen, "),
+    ),
+    _bug(
+        "stale request taken",
+        "a request older than the remembered ids is refused",
+        (
+            "paxos.proposer:Proposer._eligible",
+            "elif waiter.seen < timeline.chosen - self.core.settings.request_id_entries:",
+            "elif False:",
+        ),
+    ),
+    _bug(
+        "conditional write shares an entry",
+        "a conditional write is alone in its entry",
+        ("paxos.proposer:Proposer._form", "alone = waiter.if_version >= 0", "alone = False"),
+    ),
+    _bug(
+        "condition not checked",
+        "if_version=v is applied as entry v+1 only",
+        ("paxos.proposer:Proposer._eligible", "elif 0 <= waiter.if_version < timeline.chosen or", "elif"),
+    ),
+    _bug(
+        "unknown outcome told as unavailable",
+        "Unavailable means surely not applied",
+        ("paxos.proposer:Proposer._expire", "UNKNOWN if waiter.sent else UNAVAILABLE", "UNAVAILABLE"),
+    ),
+    # ---- reads and caches
+    _bug(
+        "read from one replica",
+        "a version is proven by a majority",
+        ("memory.votes:Votes.verdict", "majority = self._replicas // 2 + 1", "majority = 1"),
+    ),
+    _bug(
+        "open entry not looked at",
+        "an entry that may have been chosen is settled before a read answers without it",
+        ("memory.votes:Votes.verdict", "if ballot is None or applied < chosen:", "if True:"),
+    ),
+    _bug(
+        "older page served",
+        "a page is served when it is of the proven version",
+        (
+            "memory.reading:Reader._round",
+            "verdict.state == PROVEN and slot.data_version >= verdict.version",
+            "verdict.state == PROVEN and slot.data is not None",
+        ),
+    ),
+    _bug(
+        "late read shares the batch",
+        "a read is answered by what was asked after it came",
+        Swap("memory.lanes:ReadLane.put", _share_late),
+        Swap("memory.service:CacheService._done", _answer_followers),
+    ),
+    _bug(
+        "delta skips an entry",
+        "a delta holds all entries since the version that the reader has",
+        ("paxos.reads:Reads._delta", "first = have + 1", "first = have + 2"),
+    ),
+    _bug(
+        "delta without deletes",
+        "a delta holds tombstones",
+        ("memory.pages:Page._apply_rows", "if present:\n                del", "if not present:\n                del"),
+    ),
+    _bug(
+        "accepted rows shown",
+        "a row above the chosen version is invisible",
+        ("paxos.reads:Reads._range", "if version > timeline.chosen or key == last:", "if key == last:"),
+    ),
+    _bug(
+        "wiped rows shown again",
+        "delete_timeline masks at once",
+        ("paxos.reads:Reads._range", "if version <= timeline.wiped:", "if False:"),
+    ),
+    _bug(
+        "page skips items at the border of the tiers",
+        "a page is complete down to the oldest row of the blocks that were read",
+        (
+            "memory.hot_cold:HotRange.page",
+            "low = max([self._floor, *[source.edge for source in self._sources]])",
+            "low = self._floor",
+        ),
+    ),
+    _bug(
+        "page ends at the border of the tiers",
+        "a page has a token as long as there are older items",
+        ("memory.pages:Page.newest", "cut > 0 or bool(self.low)", "cut > 0"),
+    ),
+    _bug(
+        "block wins over a late write",
+        "a late write into a sunk window wins over the block",
+        ("memory.pages:merge", "if known is None or version > known[0]:", "if known is None or rows is not hot:"),
+    ),
+    # ---- the sink
+    _bug(
+        "late write ignored by the sink",
+        "the next generation of a block has the newest row of each item",
+        ("cold.sinking:merge_window", "if held is None or timeline.versions[at] >= held[2]:", "if held is None:"),
+    ),
+    _bug(
+        "evicted before the link is chosen",
+        "a replica evicts what a chosen link covers",
+        ("paxos.chores:Chores._chore", "if timeline.chosen < entry:", "if False:"),
+    ),
+    _bug(
+        "linked before all copies",
+        "a link is written when all cold nodes have the file",
+        (
+            "cold.sink_script:_Run._copy",
+            "for replica in range(topology.cold_replicas)]",
+            "for replica in range(topology.cold_replicas - 1)]",
+        ),
+    ),
+    _bug(
+        "weak snapshot sunk",
+        "a timeline is sunk as of a version that nothing acknowledged exceeds",
+        ("cold.sink_script:_Run._scan_page", "if timeline.version >= floors[timeline.key]]", "]"),
+    ),
+    _bug(
+        "two sinks at once",
+        "the links of a bucket are written on condition that nobody else did",
+        ("cold.sink_script:_Run._link", "if_version=pending.system_version,", ""),
+    ),
+    _bug(
+        "floor not raised by an eviction",
+        "the log is not asked for rows that were evicted",
+        ("paxos.chores:Chores._delete", "timeline.floor = max(timeline.floor, floor)", ""),
+    ),
+    # ---- catching up
+    _bug(
+        "state merged, not replaced",
+        "a state transfer replaces what is there",
+        ("paxos.catchup:CatchUp._install", "for name in old:", "for name in ():"),
+    ),
+    _bug(
+        "state before its links",
+        "a state is installed after the links that its missing rows are behind",
+        ("paxos.catchup:CatchUp._install_when_possible", "if system.chosen < incoming.needs_system:", "if False:"),
+    ),
+    _bug(
+        "old lives are heard",
+        "messages of a replaced life are refused",
+        ("paxos.replica:Replica.peer", "if known is not None and not _follows(batch, known):", "if False:"),
+    ),
+    # ---- loss of data
+    _bug(
+        "vote of an old incarnation counted",
+        "votes count if they are of the present incarnation",
+        (
+            "paxos.proposer:Proposer._current",
+            "(vote if isinstance(vote, int) else vote[2]) == lives.get(replica, (0, 0, 0))[1]",
+            "True",
+        ),
+    ),
+    _bug(
+        "learner votes",
+        "a replica that lost data is in no quorum until it has copied all",
+        ("paxos.replica:Replica.__init__", 'LEARNING, "copying', 'VOTING, "copying'),
+    ),
+    _bug(
+        "copied acceptance is a vote",
+        "what a learner copied is knowledge, not its vote",
+        (
+            "paxos.acceptor:Acceptor.learn",
+            "vote=False)\n    timeline.accepted, timeline.learned = ballot, True",
+            "vote=True)\n    timeline.accepted, timeline.learned = ballot, False",
+        ),
+    ),
+]

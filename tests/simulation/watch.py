@@ -1,0 +1,342 @@
+"""Checks that look on while a run goes: into replicas, engines, caches and cold folders, and at what they send.
+
+They change nothing: no row is read through the engine's own calls, which would commit what is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from timetier.cluster.cold.block import DecodedBlock, checksum, decode_block
+from timetier.cluster.cold.link import Block, Link, decode_link
+from timetier.cluster.errors import TimeTierError
+from timetier.cluster.keys import bucket_of, is_system, split_timeline, system_timeline
+from timetier.cluster.memory.pages import Page
+from timetier.cluster.messages import PUT, WIPE, Accepted, PeerBatch, Promise
+from timetier.cluster.paxos.core import Timeline
+from timetier.cluster.paxos.rows import (
+    Meta,
+    decode_record,
+    decode_row,
+    log_entry,
+    log_key,
+    meta_key,
+    prefix_end,
+    row_key,
+    rows_prefix,
+    version_of,
+)
+
+from .disk import Batch, SimDisk, SimEngine
+from .trace import show_key, show_timeline
+from .truth import Entry, History, Truth
+
+if TYPE_CHECKING:
+    from timetier.cluster.paxos.replica import Replica
+
+    from .world import World
+
+VERSION_BYTES = 8
+
+
+class Watch:
+    """The checks of one run. `report(guarantee, how)` takes violations."""
+
+    def __init__(self, world: World, report: Callable[[str, str], None]) -> None:
+        self.truth = Truth(report)
+        self.checked_pages = 0
+        self.checked_evictions = 0
+        self.checked_answers = 0
+        self._world = world
+        self._report = report
+        self._early_pages: list[tuple[str, bytes, Page]] = []
+        self._evicted: dict[str, set[bytes]] = {}
+        self._decoded: dict[tuple[str, int, int], DecodedBlock] = {}
+
+    # ------------------------------------------------------------ chosen entries
+
+    def replica(self, name: str, replica: Replica, engine: SimEngine) -> None:
+        """Look on a replica's life from its beginning."""
+        inner = replica.core.on_chosen
+
+        def on_chosen(timeline: Timeline, number: int, request_ids: list[bytes]) -> None:
+            known = self.truth.of(timeline.key).version
+            self.truth.chosen(name, timeline.key, number, _entry(engine, timeline.key, number, request_ids))
+            if is_system(timeline.key) and self.truth.of(timeline.key).version > known:
+                self._check_links(timeline.key)
+            inner(timeline, number, request_ids)
+
+        replica.core.on_chosen = on_chosen
+        engine.on_commit = lambda batch: self._on_commit(name, batch)
+
+    # ------------------------------------------------------------ answers and what they promise
+
+    def peer_batch(self, disk: SimDisk, peer: str, batch: PeerBatch) -> None:
+        """A replica tells a peer: whatever it promises or accepts with that must be on its disk."""
+        rows = disk.engine.synced
+        for message in batch.messages:
+            if isinstance(message, Accepted | Promise):
+                self.checked_answers += 1
+                chosen = self.truth.of(message.timeline).entries.get(message.entry)
+                if not _is_durable(rows, message, chosen):
+                    self._report(
+                        "answers after the fsync",
+                        f"{disk.name} sends {peer} {type(message).__name__} of entry {message.entry} of "
+                        f"{show_timeline(message.timeline)} at {message.ballot}, which is not on its disk",
+                    )
+
+    def acknowledged(self, timeline: bytes, version: int, key: bytes, kind: int, value: bytes, who: str) -> None:
+        """A client was told that its write is in the entry `version`."""
+        entry = self.truth.of(timeline).entries.get(version)
+        where = f"entry {version} of {show_timeline(timeline)}"
+        if entry is None:
+            self._report("acknowledged writes survive", f"{where} was acknowledged to {who}, but no replica has it")
+            return
+        if entry.keys is not None:
+            wanted = (kind, key, value)
+            merged_away = len(entry.request_ids) > 1 and (key in entry.keys or WIPE in entry.kinds)
+            if wanted not in zip(entry.kinds, entry.keys, entry.values, strict=True) and not merged_away:
+                told = f"{show_key(key)} = {value[:24]!r}"
+                self._report("acknowledged writes survive", f"{who} was told that {where} has {told}; it has {entry}")
+        copies = sum(_knows_entry(disk.engine.synced, timeline, version) for disk in self._world.voter_disks(timeline))
+        if copies < 2 and not self._world.lately_wiped():
+            self._report("acknowledged writes survive", f"{where} was acknowledged to {who} with {copies} copies")
+
+    # ------------------------------------------------------------ cache pages
+
+    def page(self, name: str, timeline: bytes, page: Page) -> None:
+        """A cache keeps this page."""
+        if page.version > self.truth.of(timeline).version:
+            self._early_pages.append((name, timeline, page))  # a reader may know before any replica has applied it
+        else:
+            self._check_page(name, timeline, page)
+
+    def early_pages(self) -> None:
+        """Check the pages that were ahead of what any replica had applied."""
+        waiting, self._early_pages = self._early_pages, []
+        for name, timeline, page in waiting:
+            if page.version > self.truth.of(timeline).version:
+                self._report("cached pages are true", f"{name}: {_page_name(timeline, page)} is of no chosen version")
+            else:
+                self._check_page(name, timeline, page)
+
+    def _check_page(self, name: str, timeline: bytes, page: Page) -> None:
+        self.checked_pages += 1
+        items = self.truth.of(timeline).items(page.version)
+        wanted = {key: (row.version, row.value) for key, row in items.items() if page.contains(key)}
+        found = {
+            key: (version, value) for key, version, value in zip(page.keys, page.versions, page.values, strict=True)
+        }
+        if found != wanted:
+            self._report(
+                "cached pages are true",
+                f"{name}: {_page_name(timeline, page)} has {_difference(found, wanted)}",
+            )
+
+    # ------------------------------------------------------------ G8: hot, or behind a link
+
+    def _on_commit(self, name: str, batch: Batch) -> None:
+        for key, value in batch:
+            if value is None and key[:1] == b"R":
+                timeline = _timeline_of_row(key)
+                if not is_system(timeline):
+                    self._evicted.setdefault(name, set()).add(timeline)
+        if name in self._evicted:
+            self._world.after_step(lambda: self._check_evicted(name))
+
+    def _check_evicted(self, name: str) -> None:
+        timelines = self._evicted.pop(name, set())
+        for timeline in sorted(timelines):
+            self.replica_has_all(name, timeline)
+
+    def replica_has_all(self, name: str, timeline: bytes) -> None:
+        """Whatever is alive at the version that a replica has applied is in its rows or behind a link."""
+        found = self._world.replica(name)
+        if found is None:
+            return
+        replica, engine = found
+        self.checked_evictions += 1
+        version = chosen_of(replica, engine, timeline)
+        history = self.truth.of(timeline)
+        if version > history.version:
+            return  # a state whose entries nobody has shown
+        prefix = rows_prefix(timeline)
+        rows = engine.peek_range(prefix, prefix_end(prefix))
+        hot = {(row[len(prefix) : -VERSION_BYTES], version_of(row)): value for row, value in rows.items()}
+        cold: dict[tuple[bytes, int], bytes] | None = None
+        for key, row in history.items(version).items():
+            value = hot.get((key, row.version))
+            if value is not None:
+                if decode_row(value)[1:] != (PUT, row.value):
+                    self._report("rows are what was written", f"{name}: {show_timeline(timeline)} {show_key(key)}")
+                continue
+            if cold is None:
+                cold = self._cold_rows(replica, engine, timeline)
+            if cold.get((key, row.version)) != row.value:
+                self._report(
+                    "G8: every item is hot or behind a link",
+                    f"{name} at version {version} of {show_timeline(timeline)} has neither row nor block of "
+                    f"{show_key(key)} of version {row.version}",
+                )
+
+    def _cold_rows(self, replica: Replica, engine: SimEngine, timeline: bytes) -> dict[tuple[bytes, int], bytes]:
+        """What links hold of a timeline: those that a replica has applied, and those that are valid last, because a
+        replica that is behind may know only links whose files have been replaced."""
+        _, table, owner = split_timeline(timeline)
+        system = system_timeline(bucket_of(timeline))
+        versions = {chosen_of(replica, engine, system), self.truth.of(system).version}
+        found: dict[tuple[bytes, int], bytes] = {}
+        for link in [link for version in sorted(versions) for link in self.links(system, version)]:
+            for block in link.blocks_of(owner) if link.table == table else []:
+                decoded, _ = self._block(link, block)
+                if decoded is not None:
+                    keys, values, of_version, _ = decoded.rows_of(owner)
+                    rows = zip(keys, of_version, values, strict=True)
+                    found.update(((key, version), value) for key, version, value in rows)
+        return found
+
+    def links(self, system: bytes, version: int) -> list[Link]:
+        """Links of a bucket as of a version of its system timeline."""
+        history = self.truth.of(system)
+        if version > history.version:
+            return []
+        links = []
+        for row in history.items(version).values():
+            try:
+                links.append(decode_link(row.value))
+            except TimeTierError:
+                continue  # a fence or a horizon
+        return links
+
+    def _block(self, link: Link, block: Block) -> tuple[DecodedBlock | None, int]:
+        """A block, and the number of cold nodes that have it whole on their disks."""
+        copies = 0
+        place = block.file, block.offset, block.length
+        for folder in self._world.cold_folders(link.bucket):
+            for path, inode in folder.synced_names.items():
+                if path.name == block.file:
+                    data = inode.synced[block.offset : block.offset + block.length]
+                    if len(data) == block.length and checksum(data) == block.crc:
+                        copies += 1
+                        if place not in self._decoded:
+                            self._decoded[place] = decode_block(data, link.format)
+        return (self._decoded[place] if copies else None), copies
+
+    def all_links(self) -> None:
+        """The blocks of all links that are valid last are there."""
+        for timeline in sorted(self.truth.timelines):
+            if is_system(timeline):
+                self._check_links(timeline)
+
+    def _check_links(self, system: bytes) -> None:
+        needed = self._world.cold_copies_needed
+        for link in self.links(system, self.truth.of(system).version):
+            for block in link.blocks:
+                _, copies = self._block(link, block)
+                if copies < needed:
+                    self._report(
+                        "G8: every item is hot or behind a link",
+                        f"the link of {show_timeline(system)} to {block.file} at {block.offset} is chosen, but "
+                        f"{copies} cold nodes have that block whole; {needed} should",
+                    )
+
+    # ------------------------------------------------------------ at rest
+
+    def replicas_are_equal(self) -> None:
+        """Each replica has all that is alive, and no row that was never chosen."""
+        for name, node in self._world.nodes.items():
+            if node.tier != "storage":
+                continue
+            for timeline, history in sorted(self.truth.timelines.items()):
+                if is_system(timeline):
+                    continue
+                self.replica_has_all(name, timeline)
+                found = self._world.replica(name)
+                assert found is not None, "all replicas run when they are compared"
+                self._no_stray_rows(name, found[1], timeline, history)
+
+    def _no_stray_rows(self, name: str, engine: SimEngine, timeline: bytes, history: History) -> None:
+        prefix = rows_prefix(timeline)
+        for row in engine.peek_range(prefix, prefix_end(prefix)):
+            key, version = row[len(prefix) : -VERSION_BYTES], version_of(row)
+            entry = history.entries.get(version)
+            if entry is None or (entry.keys is not None and key not in entry.keys):
+                self._report(
+                    "rows are what was written",
+                    f"{name}: {show_timeline(timeline)} has a row of {show_key(key)} at version {version}, "
+                    f"which no chosen entry wrote; that is {entry}",
+                )
+
+
+# ---------------------------------------------------------------- what is on disks
+
+
+def chosen_of(replica: Replica, engine: SimEngine, timeline: bytes) -> int:
+    """Version that a replica has applied, without making it load the timeline."""
+    known = replica.core._timelines.get(timeline)
+    if known is not None:
+        return known.chosen
+    row = engine.peek(meta_key(timeline))
+    chosen = Meta.decode(row).chosen if row is not None else 0
+    entries = [log_entry(key) for key in engine.peek_range(log_key(timeline, chosen), prefix_end(b"L" + timeline))]
+    return max([chosen, *(entry - 1 for entry in entries)])
+
+
+def _entry(engine: SimEngine, timeline: bytes, number: int, request_ids: list[bytes]) -> Entry:
+    encoded = engine.peek(log_key(timeline, number))
+    record = decode_record(encoded) if encoded is not None else None
+    if record is None or not record.keys:
+        return Entry(tuple(request_ids))
+    values = []
+    for key in record.keys:
+        row = engine.peek(row_key(timeline, key, number)) if key else None
+        values.append(decode_row(row)[2] if row is not None else b"")
+    return Entry(
+        tuple(record.request_ids), record.origin, record.written, record.kinds, tuple(record.keys), tuple(values)
+    )
+
+
+def _meta(rows: dict[bytes, bytes], timeline: bytes) -> Meta:
+    row = rows.get(meta_key(timeline))
+    return Meta.decode(row) if row is not None else Meta()
+
+
+def _is_durable(rows: dict[bytes, bytes], message: Accepted | Promise, chosen: Entry | None) -> bool:
+    """Whether a disk holds what the message says, or something that has replaced it.
+
+    A value that was fetched because it is chosen may stand there with the lower ballot at which it was chosen: no
+    other value can win any more, so the vote of the higher ballot is not needed.
+    """
+    timeline, entry, ballot = message.timeline, message.entry, message.ballot
+    meta = _meta(rows, timeline)
+    if meta.chosen >= entry or log_key(timeline, entry + 1) in rows:
+        return True
+    encoded = rows.get(log_key(timeline, entry))
+    if encoded is not None:
+        record = decode_record(encoded)
+        if record.ballot >= ballot:
+            return True
+        if chosen is not None and (tuple(record.request_ids), record.origin) == (chosen.request_ids, chosen.origin):
+            return True
+    return isinstance(message, Promise) and meta.promised_entry == entry and meta.promised >= ballot
+
+
+def _knows_entry(rows: dict[bytes, bytes], timeline: bytes, entry: int) -> bool:
+    if _meta(rows, timeline).chosen >= entry:
+        return True
+    return log_key(timeline, entry) in rows or log_key(timeline, entry + 1) in rows
+
+
+def _timeline_of_row(key: bytes) -> bytes:
+    table_end = 6 + key[5]
+    return key[1 : table_end + 1 + key[table_end]]
+
+
+def _page_name(timeline: bytes, page: Page) -> str:
+    return f"page [{show_key(page.low)}, {show_key(page.high)}) of {show_timeline(timeline)} at version {page.version}"
+
+
+def _difference(found: dict[bytes, tuple[int, bytes]], wanted: dict[bytes, tuple[int, bytes]]) -> str:
+    keys = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{show_key(key)}: {found.get(key)} instead of {wanted.get(key)}" for key in keys[:3])

@@ -1,0 +1,100 @@
+"""A small disk for tests: a file system of its own where one may be mounted, else a folder with a limit.
+
+The limit counts what is really in the folder. What only a file system can do, refuse a write in its middle, is done
+there by an engine that looks before it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from timetier.cluster.storage.engine import DurableEngine, EngineFailed, RocksEngine
+
+BALLAST = "ballast"
+NO_SPACE = "No space left on device"
+
+
+class SmallDisk:
+    """`folder` on a disk of `size_bytes`. Get one by `small_disk`."""
+
+    def __init__(self, folder: Path, size_bytes: int, *, mounted: bool) -> None:
+        self.folder = folder
+        self.size_bytes = size_bytes
+        self.mounted = mounted
+
+    def free(self) -> int:
+        """Free bytes."""
+        if self.mounted:
+            return shutil.disk_usage(self.folder).free
+        files = (Path(root) / name for root, _, names in os.walk(self.folder) for name in names)
+        return max(0, self.size_bytes - sum(map(_size, files)))
+
+    def fill(self, leave_bytes: int = 0) -> None:
+        """Have somebody else use the disk up, but for `leave_bytes`."""
+        with (self.folder / BALLAST).open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
+            while (more := self.free() - leave_bytes) > 0:
+                ballast.write(bytes(min(more, 1 << 20)))
+
+    def make_room(self) -> None:
+        """Have somebody else go away."""
+        (self.folder / BALLAST).unlink(missing_ok=True)
+
+
+class LimitedEngine(RocksEngine):
+    """RocksDB on a disk that is only counted."""
+
+    def __init__(self, disk: SmallDisk, folder: Path, *, create: bool, cache_mb: int, write_buffer_mb: int) -> None:
+        self.disk = disk
+        self._require_room()
+        super().__init__(folder, create=create, cache_mb=cache_mb, write_buffer_mb=write_buffer_mb)
+
+    def commit(self) -> int:
+        if not self._batch.is_empty():
+            self._require_room()
+        return super().commit()
+
+    def _require_room(self) -> None:
+        if not self.disk.free():
+            raise EngineFailed(f"the engine refused a write: {NO_SPACE}")
+
+
+def engines_on(
+    disks: dict[str, SmallDisk], cache_mb: int, write_buffer_mb: int
+) -> Callable[[Path, bool], DurableEngine]:
+    """How to open engines in folders of which some, by name, are small disks."""
+
+    def open_engine(folder: Path, create: bool) -> DurableEngine:
+        disk = disks.get(folder.parent.name)
+        if disk is None or disk.mounted:
+            return RocksEngine(folder, create=create, cache_mb=cache_mb, write_buffer_mb=write_buffer_mb)
+        return LimitedEngine(disk, folder, create=create, cache_mb=cache_mb, write_buffer_mb=write_buffer_mb)
+
+    return open_engine
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # removed since it was listed
+        return 0
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[SmallDisk]:
+    """A small disk at `folder`, which must not exist yet."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield SmallDisk(folder, size_bytes, mounted=mounted)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
