@@ -81,7 +81,7 @@ def start_cluster(
     away = _away(zones, places)
     _remove_refused(name_space, [name for name in names if name not in away], deadline)
     nodes = {name: _start_node(_spec(name, name_space, running_config), zones, places.get(name)) for name in names}
-    _wait_until_ready(nodes, away, deadline, progress or (lambda done, total, what: None))
+    _wait_until_ready(nodes, away, topology.cluster_id, deadline, progress or (lambda done, total, what: None))
     return cluster_status(name_space)
 
 
@@ -228,7 +228,9 @@ def _remove_refused(namespace: str, names: Iterable[str], deadline: float) -> No
     _wait_until_gone(namespace, refused, deadline)
 
 
-def _wait_until_ready(nodes: dict[str, Any], away: dict[str, str], deadline: float, progress: Progress) -> None:
+def _wait_until_ready(
+    nodes: dict[str, Any], away: dict[str, str], cluster_id: str, deadline: float, progress: Progress
+) -> None:
     """Raises Refused or Unavailable with the names and reasons of those that do not serve; not waiting for `away`."""
     patience_s = max(1.0, deadline - time.monotonic())
     waiting = {handle.settled.remote(patience_s): name for name, handle in nodes.items() if name not in away}
@@ -240,7 +242,7 @@ def _wait_until_ready(nodes: dict[str, Any], away: dict[str, str], deadline: flo
             failed.update(dict.fromkeys(waiting.values(), "it did not answer in time"))
             break
         name = waiting.pop(done[0])
-        reason = _why_not_ready(done[0])
+        reason = _why_not_ready(done[0], cluster_id)
         if reason is None:
             ready += 1
         else:
@@ -254,7 +256,7 @@ def _wait_until_ready(nodes: dict[str, Any], away: dict[str, str], deadline: flo
         raise Unavailable(f"{len(failed)} of {len(nodes)} nodes do not serve: {told}")
 
 
-def _why_not_ready(answer: Any) -> str | None:
+def _why_not_ready(answer: Any, cluster_id: str) -> str | None:
     try:
         found = ray.get(answer)
         check_version(found["version"])
@@ -262,7 +264,14 @@ def _why_not_ready(answer: Any) -> str | None:
         return _first_cause(error)
     except ConfigError as error:
         return error.message
-    return None if found["state"] in SERVES else f"{found['state']}: {found['reason']}"
+    if found["state"] not in SERVES:
+        return f"{found['state']}: {found['reason']}"
+    if found["cluster_id"] != cluster_id:
+        return (
+            f"it holds data of the cluster {found['cluster_id']}, the Router is that of {cluster_id}: restore the "
+            "folder router of the first one from a copy, or choose an empty data folder"
+        )
+    return None
 
 
 # ---------------------------------------------------------------- Ray calls

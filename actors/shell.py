@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from .. import __version__
+from ..cluster.budget import budget_mb, queued_mb, resident_mb, sends_mb
 from ..cluster.carriers.base import Address, answer_frame
 from ..cluster.carriers.direct import DirectCarrier, DirectServer, host_id
 from ..cluster.config import Config
@@ -115,14 +116,16 @@ class NodeActor:
         return await answer_frame(self._handle, frame)
 
     async def settled(self, timeout_s: float) -> dict[str, str]:
-        """`state` and `reason`, as soon as the node serves or surely won't, or after `timeout_s` seconds."""
+        """`state`, `reason`, `cluster_id` as soon as the node serves or surely won't, or after `timeout_s` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         status = self._status()
         while status["state"] not in ENDS and loop.time() < deadline:
             await asyncio.sleep(_SETTLE_POLL_S)
             status = self._status()
-        return {"state": status["state"], "reason": status["reason"], "version": __version__}
+        cluster_id = self.topology.cluster_id if hasattr(self, "topology") else ""
+        told = {"state": status["state"], "reason": status["reason"]}
+        return {**told, "version": __version__, "cluster_id": cluster_id}
 
     async def status(self) -> dict[str, Any]:
         """State and figures, ready for JSON."""
@@ -158,7 +161,12 @@ class NodeActor:
     async def _bring_up(self) -> None:
         await self._find_topology()
         secret = bytes.fromhex(self.topology.secret)
-        self.carrier = DirectCarrier(secret, host_id=host_id(), tls=client_tls(self.config.network))
+        self.carrier = DirectCarrier(
+            secret,
+            host_id=host_id(),
+            max_queue_bytes=sends_mb(self.tier, self.config) << 20,
+            tls=client_tls(self.config.network),
+        )
         self.carrier.update(self.topology.addresses)
         await self._listen()
         self._keep(self._router.follow(self.topology.epoch, self._take, self._register))
@@ -238,6 +246,7 @@ class NodeActor:
                 unix_path=str(socket_path(self.topology.cluster_id, self.spec.name)),
                 tcp_host=own_host(self.config.network),
                 tcp_port=port,
+                max_reply_bytes=queued_mb(self.tier, self.config) << 20,
                 tls=server_tls(self.config.network),
             )
             try:
@@ -276,6 +285,9 @@ class NodeActor:
         return await self._service.handle(message)
 
     def _take(self, topology: Topology) -> None:
+        if topology.cluster_id != self.topology.cluster_id:
+            # It has lost its state and begun another cluster: for these data it is no Router.
+            raise Unavailable(f"the Router is that of another cluster ({topology.cluster_id})")
         self.topology = topology
         self.carrier.update(topology.addresses)
         if self._service is not None:
@@ -298,6 +310,8 @@ class NodeActor:
             "state": self._state,
             "reason": self._reason,
             "pid": os.getpid(),
+            "rss_mb": resident_mb(),
+            "budget_mb": budget_mb(self.tier, self.config),
             "uptime_s": round(time.monotonic() - self._started_at, 3),
             "address": msgspec.to_builtins(self._address),
         }

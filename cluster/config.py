@@ -101,7 +101,7 @@ class StorageConfig(_Section):
     )
     max_queued_mb: StrictInt = Field(
         default=256,
-        ge=32,
+        ge=8,
         le=65_536,
         description="MiB of waiting requests in a node; beyond it refuses with Unavailable",
     )
@@ -193,7 +193,7 @@ class CacheConfig(_Section):
     )
     max_queued_mb: StrictInt = Field(
         default=256,
-        ge=32,
+        ge=8,
         le=65_536,
         description="MiB of answers that may be under way in a node; beyond it refuses with Unavailable",
     )

@@ -31,11 +31,14 @@ class NodePlace(msgspec.Struct, frozen=True):
 
 
 def machines_of(zones: ZonesConfig, labels: Iterable[Mapping[str, str]]) -> list[NodePlace]:
-    """Machines that can hold nodes, one for each Ray node that is alive and carries our labels; `labels`: of each."""
+    """One for each Ray node of our zones; `labels`: of each Ray node that is alive.
+
+    With `zones.host_label` a machine without that label has the host "": it can hold caches, but no data.
+    """
     return [
         NodePlace(found[zones.label], found.get(zones.host_label, "") if zones.host_label else "")
         for found in labels
-        if found.get(zones.label) in zones.names and (zones.host_label is None or found.get(zones.host_label))
+        if found.get(zones.label) in zones.names
     ]
 
 
@@ -48,13 +51,14 @@ def place_nodes(
     replicas of a group would share a zone (unless `zones.allow_shared_zones`).
     """
     places = {node: placed[node] for node in nodes if node in placed}
-    found = list(machines)
-    present = [zone for zone in zones.names if any(machine.zone == zone for machine in found)]
+    for_caches = list(machines)
+    for_data = [machine for machine in for_caches if machine.host or zones.host_label is None]
     for node in nodes:
-        if node not in places:
-            zone = _zone_of(node, zones, present)
-            host = "" if _tier(node) == CACHE else _choose_host(node, zone, zones, found, places)
-            places[node] = NodePlace(zone, host)
+        if node not in places and _tier(node) == CACHE:
+            places[node] = NodePlace(_zone_of(node, zones, for_caches))
+        elif node not in places:
+            zone = _zone_of(node, zones, for_data)
+            places[node] = NodePlace(zone, _choose_host(node, zone, zones, for_data, places))
     if not zones.allow_shared_zones:
         _check_apart(places)
     return places
@@ -73,7 +77,8 @@ def how_to_start(labels: Mapping[str, str]) -> str:
     return f"`ray start --address=HEAD:PORT --labels {','.join(f'{k}={v}' for k, v in labels.items())}`"
 
 
-def _zone_of(node: str, zones: ZonesConfig, present: list[str]) -> str:
+def _zone_of(node: str, zones: ZonesConfig, machines: list[NodePlace]) -> str:
+    present = [zone for zone in zones.names if any(machine.zone == zone for machine in machines)]
     _, group, number = node.split("-")
     names = present if zones.allow_shared_zones and present else zones.names
     zone = names[(int(group) + int(number)) % len(names)]

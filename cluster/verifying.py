@@ -34,14 +34,15 @@ class VerifySettings:
     """Settings of a comparison.
 
     `timelines_per_s`: rate limit, over all replicas of a group at once. `rounds`: how often a timeline that changes is
-    asked for again; the pause between them starts at `pause_s` and doubles up to `pause_max_s`. `patience_s`: how
-    long a replica may give no answer until the others go on without it. `named`: differences that are listed; further
-    ones are only counted. `by_name`: timelines of one question by name, and of one order to mend. `mend_patience_s`: how
-    long the timelines of a page may take until those that still differ count as left.
+    asked for again; the pause between them starts at `pause_s` and doubles up to `pause_max_s`, in all some seconds
+    more than the interval at which replicas compare how far they are. `patience_s`: how long a replica may give no
+    answer until the others go on without it. `named`: differences that are listed; further ones are only counted.
+    `by_name`: timelines of one question by name, and of one order to mend. `mend_patience_s`: how long the timelines
+    of a page may take until those that still differ count as left.
     """
 
     timelines_per_s: float = 20_000.0
-    rounds: int = 8
+    rounds: int = 12
     pause_s: float = 0.02
     pause_max_s: float = 1.0
     patience_s: float = 5.0

@@ -133,7 +133,7 @@ class Interpreter:
     def _do_restart(self, command: Command) -> None:
         number = command.replica()
         self.group.start(number)
-        self.group.greet()
+        self.group.join(number)
         self.group.events.clear()
         self._say_state(number)
 

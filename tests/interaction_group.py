@@ -20,7 +20,7 @@ from memory_engine import MemoryEngine
 from timetier.cluster.counters import Counters
 from timetier.cluster.messages import NO_BALLOT, Life, Message, PeerBatch, PeerMessage, decode, encode
 from timetier.cluster.paxos.core import Settings, Timeline
-from timetier.cluster.paxos.replica import FENCED, VOTING, Replica
+from timetier.cluster.paxos.replica import FENCED, JOIN_S, JOINING, VOTING, Replica
 from timetier.cluster.paxos.rows import log_entry, log_key
 
 MAX_ROUNDS = 1_000  # of `stabilize`: a group that does not come to rest is an error
@@ -61,6 +61,7 @@ class Member:
     now: float = 0.0
     paused: bool = False
     waits: bool = False  # for its disk, as noted last
+    state: str = ""  # of its replica, as noted last
 
 
 class HandDriven:
@@ -116,12 +117,19 @@ class HandDriven:
             inner(timeline, entry, request_ids)
 
         replica.core.on_chosen = on_chosen
-        member.replica = replica
+        member.replica, member.state = replica, replica.state
         replica.tick(member.now)
         self.after_step(number)
 
+    def join(self, number: int) -> None:
+        """Have all greet each other, and as much time pass as a replica waits for peers that are down."""
+        self.greet()
+        if self.replica(number).state == JOINING:
+            self.tick(number, JOIN_S)
+            self.greet()
+
     def greet(self) -> None:
-        """Have all replicas that are up exchange and fsync who they are, until no more can vote than do."""
+        """Have all replicas that are up exchange and fsync who they are."""
         for _ in range(MAX_ROUNDS):
             hellos = [flight for flight in self.flights if flight.message is None and flight.target in self.up()]
             if not hellos:
@@ -165,6 +173,9 @@ class HandDriven:
         """Let out what may leave after a replica has taken an input, and note what became of it."""
         member = self.members[number]
         replica = self.replica(number)
+        if replica.state != member.state:
+            member.state = replica.state
+            self.events.append(f"r{number} is {replica.state}")
         output = replica.take(member.now)
         for token, answer in output.replies:
             self.on_answer(number, token, decode(encode(answer)))
@@ -207,12 +218,8 @@ class HandDriven:
         if self.members[number].replica is None:
             self.events.append(f"r{number} is down: lost {message_text(flight.message)}")
             return
-        replica = self.replica(number)
-        before = replica.state
         self.events.append(f"r{number} receives from r{flight.source}: {message_text(flight.message)}")
-        replica.peer(self.members[number].now, flight.source, flight.batch)
-        if replica.state != before:
-            self.events.append(f"r{number} is {replica.state}")
+        self.replica(number).peer(self.members[number].now, flight.source, flight.batch)
         self.after_step(number)
 
     def sync(self, number: int) -> None:

@@ -62,4 +62,3 @@ class ScriptedRejoin(HandAnswered):
         self._group.sync(self._number)
         self._group.members[self._number].learner = False
         self._step(lambda replica: replica.begin_voting())
-        self.say(f"{self.name} votes")

@@ -282,9 +282,10 @@ async def status_of(store: AsyncStore, replica: int) -> dict[str, Any]:
     return found
 
 
-async def until_voting(store: AsyncStore, replica: int, timeout_s: float = 60.0) -> None:
+async def until_voting(store: AsyncStore, nodes: Nodes, replica: int, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while (status := await status_of(store, replica))["state"] != "voting":
+        assert nodes.processes[replica].poll() is None, f"node {replica} has ended"
         assert time.monotonic() < deadline, status
         await asyncio.sleep(0.02)
 
@@ -334,7 +335,7 @@ async def measure(
         topology = make_topology(folder)
         async with open_store(topology) as store:
             for replica in range(3):
-                await until_voting(store, replica)
+                await until_voting(store, nodes, replica)
             await fill(store, owners, 3 * timelines, first=0)
             load = Load(store, owners)
             load.start()
@@ -358,7 +359,7 @@ async def measure(
                 nodes.wipe(away)
             began_s = time.monotonic()
             nodes.start(away, wiped=wipe)
-            await until_voting(store, away, timeout_s)
+            await until_voting(store, nodes, away, timeout_s)
             voting_s = time.monotonic() - began_s
             await until_current(store, away, targets, timeout_s)
             current_s = time.monotonic() - began_s

@@ -7,12 +7,16 @@ there by an engine that looks before it writes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from timetier.cluster.cold.files import SystemFiles
 from timetier.cluster.storage.engine import DurableEngine, EngineFailed, RocksEngine
 
 BALLAST = "ballast"
@@ -40,6 +44,19 @@ class SmallDisk:
             while (more := self.free() - leave_bytes) > 0:
                 ballast.write(bytes(min(more, 1 << 20)))
 
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """No file of this process can be written to: for short, since those of a test run can't either."""
+        self.fill()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if not self.mounted:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            self.make_room()
+
     def make_room(self) -> None:
         """Have somebody else go away."""
         (self.folder / BALLAST).unlink(missing_ok=True)
@@ -61,6 +78,32 @@ class LimitedEngine(RocksEngine):
     def _require_room(self) -> None:
         if not self.disk.free():
             raise EngineFailed(f"the engine refused a write: {NO_SPACE}")
+
+
+class LimitedFiles(SystemFiles):
+    """Files of a cold node on a disk that is only counted."""
+
+    def __init__(self, disk: SmallDisk) -> None:
+        self.disk = disk
+
+    @contextlib.contextmanager
+    def open(self, path: Path, *, write: bool = False, create: bool = False, empty: bool = False) -> Iterator[Any]:
+        with super().open(path, write=write, create=create, empty=empty) as opened:
+            yield _LimitedFile(self.disk, opened) if create else opened
+
+
+class _LimitedFile:
+    def __init__(self, disk: SmallDisk, opened: Any) -> None:
+        self._disk = disk
+        self._opened = opened
+
+    def write(self, data: bytes, offset: int) -> None:
+        if len(data) > self._disk.free():
+            raise OSError(errno.ENOSPC, NO_SPACE)
+        self._opened.write(data, offset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
 
 
 def engines_on(

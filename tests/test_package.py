@@ -21,9 +21,12 @@ PURE = [
             *("requests", "steps", "suspicion", "votes"),
         )
     ),
-    *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "view")),
+    *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "suspects", "view")),
     *(ROOT / "cluster" / "cold" / f"{name}.py" for name in ("orphans", "sink_calls", "sink_script", "sinking")),
-    *(ROOT / "cluster" / f"{name}.py" for name in ("comparing", "effects", "keys", "routing", "topology", "verifying")),
+    *(
+        ROOT / "cluster" / f"{name}.py"
+        for name in ("comparing", "effects", "keys", "placement", "routing", "topology", "verifying")
+    ),
 ]
 
 

@@ -21,6 +21,8 @@ from .view import View
 MAX_MESSAGE_BYTES = 8 << 20  # a message with more than one request stays below this
 MAX_MESSAGE_ITEMS = MAX_BATCH_ITEMS
 MAX_HINT_S = 60.0  # no node is left alone for longer because it said so
+_HASTY_ROUNDS = 3  # as many as a group has replicas; each further so many double the time of an attempt
+_MAX_DOUBLINGS = 6
 _ANSWER_SHARE = 0.9  # of an attempt's time is the node's: it should still be able to say what became of the request
 
 
@@ -54,6 +56,7 @@ class Batch(ABC, Generic[Q, R]):
         self._come_back: dict[str, float] = {}  # when each node that gave a hint may be asked again
         self._busy_s = 0.0
         self._pauses = 0
+        self._silent_rounds = 0  # in which a node did not answer in time
 
     def run(self) -> Script[list[R | TimeTierError]]:
         view = self.view
@@ -65,6 +68,7 @@ class Batch(ABC, Generic[Q, R]):
             plan = [(node, part) for node, indices in self.plan().items() for part in self.split(indices)]
             answers = yield [self._call(node, indices, left_s) for node, indices in plan]
             self.must_wait, self._busy_s = False, 0.0
+            self._silent_rounds += any(isinstance(answer, CallFailed) and answer.sent for answer in answers)
             for (node, indices), answer in zip(plan, answers, strict=True):
                 self._take(node, indices, answer)
             self.pending = [index for index in self.pending if self.results[index] is None]
@@ -149,7 +153,9 @@ class Batch(ABC, Generic[Q, R]):
     def _call(self, node: str, indices: list[int], left_s: float) -> Call:
         # A repeated request gets all the time there is: it must not fail for want of that alone.
         hasty = self._tried.keys().isdisjoint(indices)
-        attempt_s = min(self.view.attempt_timeout_s(node, hasty=hasty), left_s)
+        # When all of them have been silent, the store may be slow: more haste would be more load, and never an answer.
+        patience = 1 << min(self._silent_rounds // _HASTY_ROUNDS, _MAX_DOUBLINGS)
+        attempt_s = min(self.view.attempt_timeout_s(node, hasty=hasty) * patience, left_s)
         node_ms = max(1, int(attempt_s * 1_000 * _ANSWER_SHARE))
         return Call(node, self.message(indices, node_ms), attempt_s)
 

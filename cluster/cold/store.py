@@ -195,8 +195,9 @@ class ColdStore:
             self._files[file] = StoredFile(part.disk, part.size, self._system.facts(path).modified_ns / 1e9)
 
     def _drop_part(self, file: str) -> None:
-        part = self._parts.pop(file)
-        self._system.remove(self._part_path(file, part.disk))
+        part = self._parts.pop(file, None)
+        if part is not None:
+            self._system.remove(self._part_path(file, part.disk))
 
     # ------------------------------------------------------------ reading
 

@@ -209,6 +209,9 @@ class CatchUp:
         the state's version, when that is the present one already."""
         assert incoming.version >= timeline.chosen + (not timeline.mending), "a state never takes a timeline back"
         engine, key = self.core.engine, timeline.key
+        if not is_system(key):
+            # In the same write: what these rows leave out is found through links only, also after a crash.
+            self.core.mark(self.core.timeline(system_timeline(bucket_of(key))))
         stays = incoming.version == timeline.chosen
         open_entry = incoming.version + 1 if stays else MAX_ENTRY
         prefix = rows_prefix(key)
@@ -239,8 +242,7 @@ class CatchUp:
             timeline.record = None
             timeline.learned = False
         timeline.mending = False
-        timeline.ids = None
-        timeline.id_entries.clear()
+        self.core.forget_ids(timeline)
         self.core.mark(timeline)
         self.core.touch(timeline)
         self.core.counters.add("states_installed")

@@ -31,7 +31,8 @@ class Settings:
     """Limits and times of a replica.
 
     `request_id_entries` (W): a write whose sender has seen a version older than the last W entries is refused with
-    the present one, so W bounds how long a retry stays safe. `log_keep_entries`: a replica or cache that is further
+    the present one, so W bounds how long a retry stays safe; of all timelines `request_ids_in_memory` ids are held in
+    memory, the others are in the log. `log_keep_entries`: a replica or cache that is further
     behind gets the timeline's state instead of its log; at least W. `log_keep_bytes`: the same in bytes of keys and
     values, but the ids of W entries stay. `accept_timeout_s`: after this time without a majority the message is sent
     again; well above a round trip plus an fsync. `backoff_s`: first bound of the random pause after a lost duel;
@@ -40,6 +41,7 @@ class Settings:
 
     timelines_in_memory: int = 200_000
     request_id_entries: int = 128
+    request_ids_in_memory: int = 1_600_000
     log_keep_entries: int = 256
     log_keep_bytes: int = 8 << 20
     max_queued_requests: int = 100_000
@@ -202,7 +204,7 @@ class Timeline:
         self.learned = False
         self.dirty = 0
         self.ids: dict[bytes, int] | None = None
-        self.id_entries: deque[tuple[int, list[bytes]]] = deque()
+        self.id_entries: deque[tuple[int, list[bytes]]] | None = None  # those of `ids` by entry, oldest first
         self.proposal: Proposal | None = None
         self.waiting: dict[bytes, Waiter] = {}
         self.settles: list[SettleWaiter] = []
@@ -279,6 +281,8 @@ class Core:
         self._large_bytes = 0
         self._held: OrderedDict[bytes, tuple[Timeline, int]] = OrderedDict()  # timelines with `held`, and its bytes
         self._held_bytes = 0
+        self._with_ids: OrderedDict[bytes, Timeline] = OrderedDict()  # whose ids are in memory, last used last
+        self._ids_held = 0
 
     def incarnations(self) -> list[int]:
         """By replica, the greatest incarnation that this replica has seen; 0 for none."""
@@ -436,6 +440,7 @@ class Core:
             if timeline.key in self.unmarked:
                 self.mark(timeline)
             self.drop_held(timeline)
+            self.forget_ids(timeline)
             del self._timelines[timeline.key]
 
     # ---- durable notes that need no fsync of their own
@@ -460,25 +465,46 @@ class Core:
     def ids_of(self, timeline: Timeline) -> dict[bytes, int]:
         """Request ids of the last W chosen entries, with the entry that applied each."""
         if timeline.ids is None:
-            timeline.ids = {}
+            timeline.ids, timeline.id_entries = {}, deque()
+            self._with_ids[timeline.key] = timeline
             low = max(timeline.log_low, timeline.chosen - self.settings.request_id_entries + 1, 1)
             high = log_key(timeline.key, timeline.chosen + 1)
             for log_row, encoded in self.engine.scan(log_key(timeline.key, low), high):
-                self.remember_ids(timeline, log_entry(log_row), decode_record(encoded).request_ids)
+                self._add_ids(timeline, log_entry(log_row), decode_record(encoded).request_ids)
+        self._with_ids.move_to_end(timeline.key)
+        self._bound_ids()
         return timeline.ids
 
     def remember_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
         """Add the ids of a chosen entry and forget those of entries older than W, if ids are in memory at all."""
-        if timeline.ids is None:
-            return
+        if timeline.ids is not None:
+            self._add_ids(timeline, entry, request_ids)
+            self._bound_ids()
+
+    def _bound_ids(self) -> None:
+        """Leave ids to the log, those of the timelines first whose writes are longest ago."""
+        while self._ids_held > self.settings.request_ids_in_memory and len(self._with_ids) > 1:
+            self.forget_ids(next(iter(self._with_ids.values())))
+
+    def _add_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
+        assert timeline.ids is not None and timeline.id_entries is not None
         for request_id in request_ids:
             timeline.ids[request_id] = entry
         timeline.id_entries.append((entry, request_ids))
+        self._ids_held += len(request_ids)
         oldest = entry - self.settings.request_id_entries
         while timeline.id_entries[0][0] <= oldest:
             _, forgotten = timeline.id_entries.popleft()
+            self._ids_held -= len(forgotten)
             for request_id in forgotten:
                 timeline.ids.pop(request_id, None)
+
+    def forget_ids(self, timeline: Timeline) -> None:
+        """Hold the ids of a timeline no longer in memory."""
+        if timeline.id_entries is not None:
+            self._ids_held -= sum(len(request_ids) for _, request_ids in timeline.id_entries)
+            timeline.ids = timeline.id_entries = None
+            del self._with_ids[timeline.key]
 
 
 def value_bytes(value: Value) -> int:

@@ -11,13 +11,15 @@
 The order that keeps it safe: hand the inputs in, `take` and send, `engine.commit()`, `engine.sync()`, `durable`,
 `take` and send. What depends on a write stays in the outbox until `durable` has named its batch.
 
-States: `joining` (a peer must confirm that it has noted this life, before anything is answered: so a folder from the
-past is found out), `voting`, `fenced` (a peer has seen another life of this replica, of which this folder does not
-know: it must not vote again), `learning` (its data was lost; it takes entries and states, and is in no quorum).
+States: `joining` (before anything is answered the peers must confirm that they have noted this life, or one of them
+if the other does not answer for a while: so a folder from the past is found out), `voting`, `fenced` (a peer has seen
+another life of this replica, of which this folder does not know: it must not vote again), `learning` (its data was
+lost; it takes entries and states, and is in no quorum).
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +90,7 @@ MAX_TIMEOUT_MS = 300_000
 MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece
 MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 HELLO_S = 0.2
+JOIN_S = 1.0  # how long a further peer is waited for, when one has confirmed this life
 
 
 @dataclass(slots=True)
@@ -152,6 +155,7 @@ class Replica:
             self.state, self.reason = VOTING, ""
         self._now = 0.0
         self._hello_at = 0.0
+        self._join_at = math.inf
         self._hello = False
         self._life_noted_in = 0  # engine batch that holds the last change of a peer's life
         self._mark_at: float | None = None
@@ -345,8 +349,7 @@ class Replica:
             self._note_life(batch.life)
         if (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
             self.confirmed.add(sender)
-            if self.state == JOINING:
-                self.state, self.reason = VOTING, ""
+            self._join(now)
         if self.state not in (VOTING, LEARNING):
             return
         for message in batch.messages:
@@ -360,6 +363,12 @@ class Replica:
                 self._peer_message(now, sender, batch.life[1], message)
             except InvalidRequest:
                 self.core.counters.add("malformed_peer_messages")
+
+    def _join(self, now: float) -> None:
+        """Vote, once every peer has confirmed this life; or one of them, and the other had time to object."""
+        everybody = len(self.confirmed) == len(self.core.peers)
+        if self.state == JOINING and (everybody or (self.confirmed and now >= self._join_at)):
+            self.state, self.reason = VOTING, ""
 
     def _is_foreign(self, incarnation: int, boot: int) -> bool:
         """Whether a life of this replica that a peer has seen is neither the present one nor one of its past."""
@@ -410,6 +419,8 @@ class Replica:
     def tick(self, now: float) -> None:
         """Let deadlines, repeats and delayed notes happen."""
         self._now = now
+        self._join_at = min(self._join_at, now + JOIN_S)
+        self._join(now)
         for timeline in self.core.due(now):
             self.proposer.wake(timeline, now)
         self.proposer.tell_chosen(now)

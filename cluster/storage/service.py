@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..budget import IDS_PER_TIMELINE
 from ..carriers.base import CallError, Carrier
 from ..config import StorageConfig
 from ..counters import Counters
@@ -174,7 +175,7 @@ class StorageService:
                 self._open()
             else:
                 self._lose("its data folder was emptied, or holds what counts no more")
-        except Corrupt as error:
+        except (Corrupt, EngineDamaged) as error:
             if not self._may_rejoin:
                 raise
             self._lose(error.message)
@@ -350,7 +351,7 @@ class StorageService:
             try:
                 await asyncio.to_thread(self._identity.begin_life)
                 self._open()
-            except Corrupt as error:
+            except (Corrupt, EngineDamaged) as error:
                 if self._may_rejoin:
                     self._lose(str(error))
                     return
@@ -470,7 +471,7 @@ class StorageService:
                     answer = None
                 if isinstance(answer, Lives) and answer.votes:
                     lives = [answer.life, *answer.noted]
-                    step(lambda r, lives=lives: r.note_lives(lives))
+                    step(lambda r, lives=lives: r.note_lives(lives))  # type: ignore[misc]
                     break
                 progress.reason = progress.reason or f"waiting for {node} to vote"
                 await asyncio.sleep(REOPEN_S)
@@ -679,6 +680,7 @@ def settings_of(config: StorageConfig) -> Settings:
     return Settings(
         timelines_in_memory=config.timelines_in_memory,
         request_id_entries=config.request_id_entries,
+        request_ids_in_memory=IDS_PER_TIMELINE * config.timelines_in_memory,
         log_keep_entries=config.log_keep_entries,
         log_keep_bytes=config.log_keep_mb << 20,
         max_queued_requests=config.max_queued_requests,

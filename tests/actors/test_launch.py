@@ -23,6 +23,7 @@ from timetier.actors.jobs_client import ENDED, FAILED, SUCCEEDED, SinkOptions, s
 from timetier.actors.jobs_client import _Task as as_task
 from timetier.actors.launch import cluster_status, start_cluster, stop_cluster
 from timetier.actors.local_ray import LocalRay
+from timetier.actors.router_state import RouterState
 from timetier.actors.shell import SERVES
 from timetier.cluster.config import Config, load_config
 
@@ -181,7 +182,6 @@ def test_a_replica_without_its_data_and_one_with_an_old_folder_copy_it_from_thei
     folder = Path(config.data_dir) / "storage-0-1"
     aside = folder.with_name("aside")
     folder.rename(aside)
-    incarnation = 1
 
     async def work(store: ClusterStore) -> None:
         table = store.table("moments")
@@ -192,7 +192,7 @@ def test_a_replica_without_its_data_and_one_with_an_old_folder_copy_it_from_thei
     try:
         assert start_cluster(config)["state"] == "serving"
         status = states()["storage-0-1"]
-        assert status["incarnation"] == (incarnation := incarnation + 1)
+        assert status["incarnation"] == 2
         assert "rejoin" not in status
         in_store(work)
         stop_cluster(NAMESPACE)
@@ -201,8 +201,28 @@ def test_a_replica_without_its_data_and_one_with_an_old_folder_copy_it_from_thei
         if not folder.exists():
             aside.rename(folder)
     start_cluster(config)
-    until(lambda: states()["storage-0-1"].get("incarnation") == incarnation + 1, "it is a later incarnation")
+    until(lambda: states()["storage-0-1"].get("incarnation") == 3, "it is a later incarnation")
     until(lambda: states()["storage-0-1"]["state"] == "voting", "it votes again")
+
+
+def test_nodes_do_not_follow_a_router_that_has_lost_its_state(cluster: None, config: Config, tmp_path: Path) -> None:
+    in_store(lambda store: store.table("moments").put("faithful", 1, b"value"))
+    stop_cluster(NAMESPACE)
+    RouterState.open(tmp_path, NAMESPACE, config)  # as if it could not see the data, which are on other machines
+    kept = Path(config.data_dir) / "router"
+    aside = kept.with_name("router-aside")
+    kept.rename(aside)
+    shutil.copytree(tmp_path / "router", kept)
+    try:
+        with pytest.raises(Unavailable, match=r"7 of 7 nodes do not serve: .*storage-0-2: it holds data of "):
+            start_cluster(config)
+    finally:
+        stop_cluster(NAMESPACE)
+        shutil.rmtree(kept)
+        aside.rename(kept)
+    assert start_cluster(config)["state"] == "serving"
+    found = in_store(lambda store: store.table("moments").get("faithful", 1))
+    assert found.value == b"value"
 
 
 def test_a_restart_of_the_whole_cluster_keeps_everything(cluster: None, config: Config) -> None:

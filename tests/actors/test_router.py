@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 import ray
+from small_disk import small_disk
+from timetier.actors import router as router_module
 from timetier.actors.router import Router
 from timetier.actors.router_link import RouterLink
 from timetier.actors.router_state import MAX_RUNS, RouterState
@@ -278,3 +280,54 @@ async def _value(value: Any) -> Any:
 
 async def _pid(namespace: str) -> int:
     return int((await RouterLink(namespace).call("status"))["pid"])
+
+
+def test_what_a_full_disk_refused_is_not_taken_for_done_and_is_done_when_there_is_room(tmp_path: Path) -> None:
+    """Else a node would vote on the word that its folder is noted as formatted, and a restarted Router not know."""
+    with small_disk(tmp_path / "data", 1 << 20) as disk:
+        state = open_state(disk.folder)
+        assert state.may_format("storage-0-1")
+        before = state.topology()
+        with disk.refusing():
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="free some space") as refused:
+                    state.formatted("storage-0-1")
+                assert refused.value.retry_after_s
+                with pytest.raises(Unavailable):
+                    state.register(Address("cache-0-0", tcp_port=1))
+                with pytest.raises(Unavailable):
+                    state.lift_epoch(41)
+                with pytest.raises(Unavailable):
+                    state.report_run({"run": "r", "state": "running"})
+            assert state.topology() == before, "and it goes on telling what it knows"
+            assert state.folders == open_state(disk.folder).folders == {"storage-0-1": "granted"}
+        assert open_state(disk.folder).topology() == before
+        state.formatted("storage-0-1")
+        assert state.register(Address("cache-0-0", tcp_port=1))
+        assert open_state(disk.folder).topology() == state.topology()
+        assert open_state(disk.folder).folders == {"storage-0-1": "formatted"}
+
+
+def test_a_router_with_too_many_long_polls_answers_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        monkeypatch.setattr(router_module, "MAX_POLLS", 3)
+        router = Router("ns", str(tmp_path), None)
+        epoch = msgspec.msgpack.decode(await router.topology(-1, 1.0), type=Topology).epoch  # type: ignore[arg-type]
+        polls = [asyncio.create_task(router.topology(epoch, 30.0)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as refused:
+            await router.topology(epoch, 30.0)
+        assert refused.value.retry_after_s
+        assert await router.topology(-1, 1.0) is not None
+        address = msgspec.msgpack.encode(Address("cache-0-0", tcp_port=1))
+        assert await router.register(address) == epoch + 1
+        assert all(await asyncio.gather(*polls))
+        idle = asyncio.create_task(router.topology(epoch + 1, 30.0))
+        await asyncio.sleep(0)
+        assert not idle.done(), "their places are free again"
+        idle.cancel()
+        await router.stop()
+
+    asyncio.run(body())

@@ -9,6 +9,7 @@ tells of a violation, an acknowledged write that is missing, or a timeline that 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from .run import Options, run
 @click.option("--seconds", default=180.0, type=click.FloatRange(5, 86_400), show_default=True)
 @click.option("--seed", type=int, help="What the plan of faults is made from.  [default: by chance, and told]")
 @click.option("--only", multiple=True, metavar="FAULT", help="Only this kind of fault; may be given several times.")
-@click.option("--per-second", default=150.0, type=click.FloatRange(3, 10_000), show_default=True, help="Operations.")
+@click.option("--per-second", default=90.0, type=click.FloatRange(3, 10_000), show_default=True, help="Operations.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep histories, logs and data in this folder.")
 @click.option("--no-sink", is_flag=True, help="Run no sinks besides.")
 @click.option("--list", "as_list", is_flag=True, help="List the kinds of faults.")
@@ -45,6 +46,9 @@ def main(
     if unknown:
         raise click.BadParameter(f"no fault is called {unknown[0]!r}: --list shows them", param_hint="--only")
     stop_signals()
+    # Ray prints what it has to say of dead nodes: that goes to stderr, and the report alone to stdout.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     chosen = random.randrange(1 << 32) if seed is None else seed
     options = Options(seconds, chosen, only, per_second, folder=folder, sinks=not no_sink)
     try:
@@ -52,7 +56,7 @@ def main(
     except KeyboardInterrupt:
         click.echo("interrupted: everything that was started has been ended", err=True)
         sys.exit(130)
-    click.echo(json.dumps(report))
+    print(json.dumps(report), file=out, flush=True)
     sys.exit(0 if report["ok"] else 1)
 
 

@@ -9,6 +9,7 @@ is noticed by as many operations as applications would have begun meanwhile. It 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from timetier import connect_async
 from ..simulation.history import Recorder, Refused
 from .workload import READ, TABLE, Timing, Workload
 
-AT_ONCE = 400  # operations under way; beyond that none is begun
+AT_ONCE = 100  # operations under way; what would begin beyond that is counted instead
 _END_S = 20.0
 _READ_ALL_S = 60.0
 _PROGRESS_S = 1.0
@@ -54,12 +55,14 @@ class Task(msgspec.Struct):
 
 
 class Progress(msgspec.Struct):
-    """What a client tells once a second: calls that ended since, those that failed, and how many are under way."""
+    """What a client tells once a second: calls that ended since, those that failed, how many are under way, and how
+    many were not begun since too many were."""
 
     reads: int = 0
     writes: int = 0
     errors: int = 0
     under_way: int = 0
+    not_begun: int = 0
 
 
 class Timings:
@@ -89,8 +92,8 @@ class Timings:
         self._file.close()
 
 
-async def run(task: Task) -> None:
-    """Connect, and work until the input ends."""
+async def run(task: Task, tell: IO[str]) -> None:
+    """Connect, and work until the input ends. Progress is written to `tell`."""
     recorder = Recorder(time.monotonic, task.history)
     timings = Timings(task.timings)
     try:
@@ -100,13 +103,13 @@ async def run(task: Task) -> None:
             if task.owners is not None:
                 await _read_all(work, task.owners, recorder)
             else:
-                await _work(work, task.per_second, random, timings)
+                await _work(work, task.per_second, random, timings, tell)
     finally:
         recorder.close()
         timings.close()
 
 
-async def _work(work: Workload, per_second: float, random: Random, timings: Timings) -> None:
+async def _work(work: Workload, per_second: float, random: Random, timings: Timings, tell: IO[str]) -> None:
     loop = asyncio.get_running_loop()
     end = loop.run_in_executor(None, sys.stdin.read)
     under_way: set[asyncio.Task[None]] = set()
@@ -118,9 +121,12 @@ async def _work(work: Workload, per_second: float, random: Random, timings: Timi
             one = loop.create_task(work.one())
             under_way.add(one)
             one.add_done_callback(under_way.discard)
+        else:
+            timings.progress.not_begun += 1
         if loop.time() - told_at >= _PROGRESS_S:
             told_at = loop.time()
-            print(msgspec.json.encode(timings.take(len(under_way))).decode(), flush=True)
+            tell.write(msgspec.json.encode(timings.take(len(under_way))).decode() + "\n")
+            tell.flush()
     if under_way:
         await asyncio.wait(under_way, timeout=_END_S)
 
@@ -138,7 +144,10 @@ async def _read_all(work: Workload, owners: list[str], recorder: Recorder) -> No
 def main() -> None:
     """The program."""
     task = msgspec.json.decode(sys.argv[1], type=Task)
-    asyncio.run(run(task))
+    # Ray prints what it has to say of dead nodes: that goes into the log, and progress alone to the run.
+    tell = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    asyncio.run(run(task, tell))
 
 
 if __name__ == "__main__":

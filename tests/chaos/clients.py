@@ -19,13 +19,17 @@ _READ_S = 150.0
 
 
 class Clients:
-    """Client processes that run a workload, each with files of its own in the folder."""
+    """Client processes that run a workload, each with files of its own in the folder.
+
+    `not_begun`: operations that would have begun, had not too many been under way.
+    """
 
     def __init__(self, tasks: list[Task], environment: Mapping[str, str]) -> None:
         """`environment`: what leads them to their Ray."""
         self.tasks = tasks
         self._lock = threading.Lock()
         self._told = Progress()
+        self.not_begun = 0
         self._processes = [_start(task, environment) for task in tasks]
         self._listeners = [threading.Thread(target=self._listen, args=(p,), daemon=True) for p in self._processes]
         for listener in self._listeners:
@@ -65,6 +69,7 @@ class Clients:
                 self._told.writes += heard.writes
                 self._told.errors += heard.errors
                 self._told.under_way += heard.under_way
+                self.not_begun += heard.not_begun
 
 
 def read_all(task: Task, environment: Mapping[str, str]) -> None:

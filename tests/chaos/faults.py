@@ -42,10 +42,11 @@ class Window(msgspec.Struct):
 class Faults:
     """Does to a system what a plan says, one fault at a time."""
 
-    def __init__(self, system: System, sink: Callable[[], threading.Thread]) -> None:
-        """`sink` starts a run of the sink beside everything else."""
+    def __init__(self, system: System, sink: Callable[[], object], tell: Callable[[str], None]) -> None:
+        """`sink` starts a run of the sink beside everything else. `tell`: says something to people."""
         self._system = system
         self._sink = sink
+        self._tell = tell
 
     def inflict(self, fault: Fault) -> Window:
         """Let a fault happen and pass; the rest is healing. Raises what a broken run raises: TimeoutError and such."""
@@ -70,7 +71,7 @@ class Faults:
         revived = self._system.revive_zones()
         if revived:
             window.note = f"Ray gave zone {', '.join(revived)} up; it was started again"
-        self._system.wait_until_serving(HEAL_S)
+        self._system.wait_until_serving(HEAL_S, self._tell)
         window.healed = time.monotonic()
         if window.passes:
             window.removed = window.healed

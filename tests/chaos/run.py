@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import threading
@@ -20,10 +21,9 @@ from .faults import HEAL_S, Faults, Window
 from .plan import Fault, plan
 from .report import figures, load_timings, missing_writes
 from .system import System
-from .workload import SINK_BEFORE, TABLE
+from .workload import SINK_BEFORE, TABLE, Timing
 from .zoned import ZonedSystem
 
-WARM_UP_S = 3.0
 HEALTHY_SHARE = 0.08  # of a run, before the first fault: what the faults are compared with
 _TELL_S = 5.0
 _SHOWN = 20  # violations in the report
@@ -34,14 +34,16 @@ _WAIT = threading.Event()  # never set: its `wait` lets time pass
 class Options:
     """What a run is to do. `only`: kinds of faults, none = all. `folder`: keep everything there; None = nothing.
 
-    `clients`: processes. `per_second`: operations of all of them together. `healthy_s`: rest before each fault.
+    `clients`: processes. `per_second`: operations of all of them together. `warm_up_s`, `healthy_s`:
+    rest before the run, and before each fault.
     """
 
     seconds: float
     seed: int
     only: Sequence[str] = ()
-    per_second: float = 150.0
+    per_second: float = 90.0
     healthy_s: float = 5.0
+    warm_up_s: float = 3.0
     folder: Path | None = None
     sinks: bool = True
     clients: int = 3
@@ -59,13 +61,54 @@ def run(options: Options) -> dict[str, Any]:
     with ZonedSystem(options.folder) as system:
         if system.no_network:
             tell(f"zones are not cut off: {system.no_network}")
-        return run_on(system, options)
+        observed = observe(system, options)
+    return judge(options, observed)
 
 
-def run_on(system: System, options: Options) -> dict[str, Any]:
-    """The report of a run on a cluster that has been started."""
+@dataclass(slots=True)
+class Observed:
+    """What is left when a run is over. `trouble`: why the cluster did not heal, "" if it did."""
+
+    history: list[Operation]
+    final: list[Operation]
+    timings: list[Timing]
+    windows: list[Window]
+    trouble: str
+    facts: dict[str, Any]
+
+
+def observe(system: System, options: Options) -> Observed:
+    """Let clients work and faults happen on a cluster that has been started."""
     faults = plan(options.seed, options.seconds, only=options.only, cuts=not system.no_network)
     return _Run(options, system).carry_out(_bounded(faults, options.seconds))
+
+
+def judge(options: Options, observed: Observed) -> dict[str, Any]:
+    """The report of a run."""
+    history, final = observed.history, observed.final
+    tell(f"checking {len(history) + len(final)} operations")
+    began = time.monotonic()
+    checked = check_history([*history, *final])
+    for violation in checked.violations:
+        tell(f"VIOLATION in {violation.timeline}:\n{violation.witness}")
+    missing = missing_writes(history, final)
+    for line in missing[:_SHOWN]:
+        tell(f"MISSING {line}")
+    tell(f"checked in {time.monotonic() - began:.1f} s")
+    violations = [f"{violation.timeline}: not linearizable" for violation in checked.violations]
+    undecided = [f"{timeline}: undecided" for timeline in checked.undecided]
+    if observed.trouble:
+        violations.append(observed.trouble)
+    return {
+        "seed": options.seed,
+        "ok": not (violations or undecided or missing),
+        "violations": len(violations),
+        "undecided": len(undecided),
+        "acknowledged_missing": len(missing),
+        **observed.facts,
+        **figures(observed.timings, observed.windows),
+        "told": [*violations, *undecided, *missing][:_SHOWN],
+    }
 
 
 def _bounded(faults: Iterator[Fault], seconds: float) -> list[Fault]:
@@ -84,13 +127,15 @@ class _Run:
         self._ended = threading.Event()
         self._loads = [_load()]
 
-    def carry_out(self, faults: list[Fault]) -> dict[str, Any]:
+    def carry_out(self, faults: list[Fault]) -> Observed:
         options, system = self._options, self._system
         started_at = time.monotonic()
         tasks = [self._task(f"c{number}", started_at) for number in range(options.clients)]
         clients = Clients(tasks, system.environment)
         teller = threading.Thread(target=self._tell_progress, args=(clients,), daemon=True)
         teller.start()
+        sampler = threading.Thread(target=self._sample_figures, daemon=True)
+        sampler.start()
         trouble = ""
         try:
             trouble = self._work(faults, started_at)
@@ -105,27 +150,17 @@ class _Run:
             sink.join(HEAL_S)
         history = load_history([task.history for task in tasks])
         final = self._read_back(sorted({operation.timeline for operation in history}), started_at)
-        found = self._check(history, final)
-        measured = figures(load_timings([task.timings for task in tasks]), self._windows)
-        if trouble:
-            found["violations"].append(trouble)
-        ok = not (found["violations"] or found["undecided"] or found["missing"])
-        return {
-            "seed": options.seed,
+        facts = {
             "seconds": round(seconds, 1),
-            "ok": ok,
-            **{name: measured.pop(name) for name in ("operations", "reads", "writes", "errors")},
-            "violations": len(found["violations"]),
-            "undecided": len(found["undecided"]),
-            "acknowledged_missing": len(found["missing"]),
-            **measured,
+            "not_begun": clients.not_begun,
             "sinks": self._sunk,
             "left_out": {} if not system.no_network else {"cut-zone, flap-cut": system.no_network},
-            "verify": found["verify"],
+            "verify": system.verify(),
             "load_1min": [min(self._loads), max(self._loads)],
             "cpus": os.cpu_count(),
-            "told": [*found["violations"], *found["undecided"], *found["missing"]][:_SHOWN],
         }
+        timings = load_timings([task.timings for task in tasks])
+        return Observed(history, final, timings, self._windows, trouble, facts)
 
     def _task(self, client: str, started_at: float, owners: list[str] | None = None) -> Task:
         return Task(
@@ -143,9 +178,9 @@ class _Run:
     def _work(self, plans: list[Fault], started_at: float) -> str:
         """Fault after fault. Returns why the system did not heal, "" if it did."""
         options = self._options
-        ends = started_at + WARM_UP_S + options.seconds
-        faults = Faults(self._system, self._start_sink)
-        self._rest(WARM_UP_S, "warming up")
+        ends = started_at + options.warm_up_s + options.seconds
+        faults = Faults(self._system, self._start_sink, tell)
+        self._rest(options.warm_up_s, "warming up")
         self._rest(max(options.healthy_s, HEALTHY_SHARE * options.seconds), "healthy")
         for number, fault in enumerate(plans):
             if time.monotonic() + fault.hold_s > ends:
@@ -206,6 +241,14 @@ class _Run:
                 f"{told.errors} errors, {told.under_way} under way, load {self._loads[-1]}"
             )
 
+    def _sample_figures(self) -> None:
+        """Keep what the nodes count beside the histories, for whoever wants to know why a run went as it did."""
+        with (self._system.folder / "figures.jsonl").open("w") as file:
+            while not self._ended.wait(_TELL_S):
+                states = self._system.status()
+                sample = {name: state.get("figures") or state.get("reason") for name, state in states.items()}
+                file.write(json.dumps({"at": time.monotonic(), "nodes": sample}) + "\n")
+
     # ------------------------------------------------------------ afterwards
 
     def _read_back(self, owners: list[str], started_at: float) -> list[Operation]:
@@ -213,23 +256,6 @@ class _Run:
         task = self._task("final", started_at, owners)
         read_all(task, self._system.environment)
         return load_history([task.history])
-
-    def _check(self, history: list[Operation], final: list[Operation]) -> dict[str, Any]:
-        tell(f"checking {len(history) + len(final)} operations")
-        began = time.monotonic()
-        report = check_history([*history, *final])
-        for violation in report.violations:
-            tell(f"VIOLATION in {violation.timeline}:\n{violation.witness}")
-        missing = missing_writes(history, final)
-        for line in missing[:_SHOWN]:
-            tell(f"MISSING {line}")
-        tell(f"checked in {time.monotonic() - began:.1f} s")
-        return {
-            "violations": [f"{v.timeline}: not linearizable" for v in report.violations],
-            "undecided": [f"{timeline}: undecided" for timeline in report.undecided],
-            "missing": missing,
-            "verify": self._system.verify(),
-        }
 
 
 def _load() -> float:

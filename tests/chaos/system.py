@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from .workload import TABLE
 
 _POLL_S = 0.25
 _VERIFY_S = 180.0
+_TELL_S = 8.0
 _WAIT = threading.Event()  # never set: its `wait` is the pause between two looks
 
 
@@ -100,13 +101,20 @@ class System:
             if state["state"] not in SERVES
         }
 
-    def wait_until_serving(self, timeout_s: float) -> float:
-        """Until all nodes serve. Seconds that took. Raises TimeoutError, with those that do not."""
-        began = time.monotonic()
+    def wait_until_serving(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> float:
+        """Until all nodes serve. Seconds that took. `tell` hears now and then which ones do not.
+
+        Raises TimeoutError, with those that do not.
+        """
+        began = told_at = time.monotonic()
         while troubles := self.troubles():
-            if time.monotonic() - began > timeout_s:
-                told = "; ".join(f"{name} {why}" for name, why in troubles.items())
+            now = time.monotonic()
+            told = "; ".join(f"{name} {why}" for name, why in troubles.items())
+            if now - began > timeout_s:
                 raise TimeoutError(f"not all nodes serve {timeout_s:.0f} s after a fault: {told}")
+            if now - told_at > _TELL_S:
+                told_at = now
+                tell(f"not yet: {told}")
             _WAIT.wait(_POLL_S)
         return time.monotonic() - began
 

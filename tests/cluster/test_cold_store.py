@@ -126,7 +126,7 @@ def test_only_so_many_files_are_written_at_once_and_stale_ones_make_room(
     monkeypatch.setattr(store_module, "_STALE_PART_S", 0.0)
     write(store, "b", DATA)
     assert read(store, "b", DATA) == DATA
-    assert len(list(tmp_path.rglob("*.part"))) == 15
+    assert not list(tmp_path.rglob("*.part")), "what nobody writes any more takes no room"
 
 
 def test_damage_shortness_and_absence_are_told_apart(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Schedules made by hand for the consensus core: orders of messages that random runs meet too seldom."""
+"""Schedules made by hand for the consensus core: orders of messages that random runs meet too seldom.
+
+Beside those that are scripts to read (`testdata/*.txt`): here are the ones that need made-up messages or many rounds.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,7 @@ from timetier.cluster.messages import (
     Accepted,
     AskVersions,
     Check,
-    Chosen,
     Fetch,
-    Known,
     PeerBatch,
     PeerMessage,
     Prepare,
@@ -108,15 +109,6 @@ def test_the_own_vote_counts_only_when_it_is_on_disk() -> None:
     assert group.chosen(FIRST) == 2
 
 
-def test_a_promise_to_a_peer_ends_the_right_to_round_zero() -> None:
-    group = Scripted(32)
-    group.put_many(FIRST, 1, 1)
-    group.run(1)
-    group.inject(SECOND, FIRST, Prepare(ALICE, 2, (1, group.replica(SECOND).core.life)))
-    assert group.put(FIRST, ALICE, rid(2), [(2, b"", b"x")], seen=1) == (OK, 2)
-    assert group.replica(FIRST).core.timeline(ALICE).ballot[0] >= 2
-
-
 @pytest.mark.parametrize("entry", [1, 2])
 def test_a_claim_of_round_zero_is_checked_against_the_entry_before(entry: int) -> None:
     group = Scripted(33)
@@ -136,42 +128,6 @@ def test_a_claim_of_round_zero_is_checked_against_the_entry_before(entry: int) -
     group.replica(THIRD).peer(group.now, FIRST, PeerBatch(later, 1, 1, [accept], [1]))
     assert (timeline.accepted == (0, later)) == (entry == 1)
     assert first != later
-
-
-def test_at_entry_one_the_value_is_on_the_own_disk_before_it_is_sent() -> None:
-    group = Scripted(34)
-    group.run(1)
-    group.send(FIRST, write_message(ALICE, rid(1), [(1, b"", b"x")]))
-    member = group.members[FIRST]
-    for _ in range(500):
-        member.sync_at = None  # the own disk takes its time; the Accept is sent again meanwhile
-        group.step()
-    assert all(group.replica(n).core.timeline(ALICE).accepted == NO_BALLOT for n in (SECOND, THIRD))
-    assert [group.chosen(n) for n in range(3)] == [0, 0, 0]
-    group.crash(FIRST)
-    group.start(FIRST)
-    group.run_until(lambda: group.votes(FIRST))
-    assert group.put(FIRST, ALICE, rid(2), [(1, b"", b"y")])[0] == OK
-
-
-def test_an_entry_is_applied_only_at_the_ballot_at_which_it_was_chosen() -> None:
-    for how in ("chosen", "before", "proof"):
-        group = Scripted(35)
-        group.put_many(FIRST, 1, 1)
-        group.run(1)
-        second, first = group.replica(SECOND).core.life, group.replica(FIRST).core.life
-        open_accept(group, THIRD, (1, second), b"a")
-        if how == "chosen":
-            group.inject(FIRST, THIRD, Chosen(ALICE, 2, (2, first)))
-        elif how == "before":
-            value = Value(first, 0, [rid(9)], bytes((PUT,)), [item_key(9)], [b"x"])
-            group.inject(FIRST, THIRD, Accept(ALICE, 3, (0, first), (2, first), value))
-        else:
-            proof = [Known(0, 2, (2, first))]
-            group.call(THIRD, Check([ALICE], pack_i64([-1]), bytes((DELTA,)), [b""], pack_u32([1]), proof))
-        assert group.chosen(THIRD) == 1
-        group.inject(SECOND, THIRD, Chosen(ALICE, 2, (1, second)))
-        assert group.chosen(THIRD) == 2
 
 
 def test_a_state_has_no_rows_of_the_open_entry_and_replaces_those_of_the_receiver() -> None:
@@ -196,29 +152,6 @@ def test_a_state_has_no_rows_of_the_open_entry_and_replaces_those_of_the_receive
     assert item_key(ord("a")) not in group.shown(THIRD)
 
 
-def test_the_own_acceptors_promise_binds_the_own_proposer() -> None:
-    """Between its Prepare and its Accept a replica has promised a peer's higher ballot."""
-    group = Scripted(37)
-    group.put_many(FIRST, 1, 1)
-    group.run(1)
-    group.holds = lambda _s, target, message: target == SECOND and isinstance(message, Promise)
-    token = group.send(SECOND, write_message(ALICE, rid(2), [(2, b"", b"x")], seen=1))
-    group.run_until(lambda: len(group.held) >= 2)
-    promises, group.held = group.held[:2], []
-    group.holds = lambda source, _t, _m: source == SECOND
-    higher = (5, group.replica(THIRD).core.life)
-    group.inject(THIRD, SECOND, Prepare(ALICE, 2, higher))
-    for source, target, batch in promises:
-        group.inject(source, target, *batch.messages)
-    group.run(0.001)
-    timeline = group.replica(SECOND).core.timeline(ALICE)
-    assert timeline.promised >= higher
-    assert timeline.accepted == NO_BALLOT
-    assert not any(isinstance(message, Accept) for _, _, batch in group.held for message in batch.messages)
-    group.release()
-    group.run_until(lambda: token in group.answers)
-
-
 def test_a_peers_life_is_on_disk_before_it_hears_from_us() -> None:
     group = Scripted(38)
     group.put_many(FIRST, 1, 1)
@@ -238,23 +171,6 @@ def test_a_peers_life_is_on_disk_before_it_hears_from_us() -> None:
     group.crash(FIRST)
     group.start(FIRST)
     assert group.replica(FIRST).core.lives[SECOND] == later
-
-
-def test_a_vote_of_an_incarnation_that_has_lost_its_data_does_not_count() -> None:
-    group = Scripted(39)
-    group.put_many(FIRST, 1, 1)
-    group.run(1)
-    group.cut = {frozenset((FIRST, THIRD)), frozenset((SECOND, THIRD))}
-    token = group.send(FIRST, write_message(ALICE, rid(2), [(2, b"", b"x")], seen=1, timeout_ms=300))
-    member = group.members[FIRST]
-    timeline = group.replica(FIRST).core.timeline(ALICE)
-    while timeline.proposal is None or SECOND not in timeline.proposal.votes:
-        member.sync_at = None  # the own disk takes its time
-        group.step()
-    group.crash(SECOND)
-    group.replica(FIRST).peer(group.now, SECOND, PeerBatch((SECOND, 2, 1), 1, 1, []))
-    group.run_until(lambda: token in group.answers)
-    assert group.chosen(FIRST) == 1
 
 
 def test_an_old_folder_put_back_is_fenced_and_has_answered_nothing() -> None:
@@ -437,31 +353,6 @@ def test_a_question_is_not_answered_by_promises_that_are_older_than_it() -> None
     assert (second.outcomes[0], unpack_i64(second.versions)) == (OK, [2])
 
 
-def test_a_sent_request_whose_ids_were_passed_by_a_state_transfer_is_not_called_stale() -> None:
-    """It was applied; "surely not applied" would have the client send it as a second one."""
-    group = Scripted(6, SMALL)
-    group.put_many(FIRST, 1, 1)
-    group.run(0.1)
-    group.holds = lambda source, target, _m: FIRST in (source, target) and THIRD in (source, target)
-    message = write_message(ALICE, rid(77), [(77, b"", b"x")], seen=1, timeout_ms=60_000)
-    token = group.send(FIRST, message)
-    group.run_until(lambda: group.replica(SECOND).core.timeline(ALICE).accepted != NO_BALLOT)
-    group.cut_off(FIRST)
-    group.held.clear()
-    version = group.version(ALICE, (SECOND, THIRD))
-    assert version == 2
-    for entry in range(3, 40):
-        assert group.put(SECOND, ALICE, rid(entry), [(entry, b"", b"y")], seen=entry - 1) == (OK, entry)
-    assert token not in group.answers
-    group.cut.clear()
-    group.release()
-    group.run_until(lambda: token in group.answers)
-    answer = group.answers[token]
-    assert isinstance(answer, Written)
-    assert answer.outcomes[0] != STALE
-    assert item_key(77) in group.shown(SECOND)
-
-
 def test_a_conditional_write_at_a_version_that_this_replica_lacks_waits_for_a_majority() -> None:
     group = Scripted(7)
     group.put_many(FIRST, 1, 1)
@@ -530,25 +421,3 @@ def test_what_a_wipe_hid_stays_hidden_when_only_the_log_tells_that_it_was_chosen
     group.run_until(lambda: all(group.votes(n) for n in range(3)))
     for number in range(3):
         assert item_key(1) not in group.shown(number)
-
-
-def test_a_value_keeps_its_origin_when_someone_else_completes_it() -> None:
-    """Else two lives would have the right to round 0 of the next entry."""
-    group = Scripted(42)
-    group.put_many(FIRST, 1, 1)
-    group.run(1)
-    group.cut = {frozenset((FIRST, THIRD))}
-    group.holds = lambda source, target, _m: (source, target) == (SECOND, FIRST)
-    group.send(FIRST, write_message(ALICE, rid(2), [(2, b"", b"x")], seen=1))
-    group.run_until(lambda: group.replica(SECOND).core.timeline(ALICE).accepted != NO_BALLOT)
-    origin = group.replica(FIRST).core.life
-    group.cut_off(FIRST)
-    group.held.clear()
-    settled = group.call(SECOND, Settle([ALICE], pack_i64([2]), 5000))
-    assert isinstance(settled, Settled)
-    assert unpack_i64(settled.versions) == [2]
-    group.run(0.1)
-    for number in (SECOND, THIRD):
-        timeline = group.replica(number).core.timeline(ALICE)
-        assert timeline.ballot[1] != origin
-        assert timeline.origin == origin

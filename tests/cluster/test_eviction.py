@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,32 @@ def test_a_state_transfer_waits_for_the_links_that_its_rows_went_to() -> None:
             assert replica.core.timeline(SYSTEM).chosen == 1
     group.run(2)
     group.run_until(lambda: idle(group))
+    assert look(group, THIRD) == ({}, ["f"])
+
+
+def test_a_state_that_survives_a_crash_has_its_links_with_it() -> None:
+    """That a link is chosen is noted with delay; but not later than rows that are found through it only."""
+    group = Group(4, settings=replace(SMALL, mark_delay_s=60.0))
+    group.put(FIRST, ALICE, rid(0), [(0, b"", b"x")])
+    group.run(0.1)
+    group.crash(THIRD)
+    for number in range(1, 60):
+        group.put(FIRST, ALICE, rid(number), [(number, b"", b"x")], seen=number)
+    commit(group, FIRST, link_of(60), 100, 0)
+    group.run(2)
+    group.run_until(lambda: idle(group))
+    group.start(THIRD)
+    group.run_until(lambda: group.replica(THIRD).state == VOTING)
+    third = group.replica(THIRD)
+    third.run_chores = lambda now: False  # type: ignore[method-assign]  # an eviction would note it too
+    third.note_behind(group.now, FIRST, ALICE, 60)
+    group.pump(THIRD)
+    group.run_until(lambda: third.core.timeline(ALICE).chosen == 60)
+    group.members[THIRD].engine.sync()
+    group.crash(THIRD)
+    group.start(THIRD)
+    group.run_until(lambda: group.replica(THIRD).state == VOTING)
+    group.replica(THIRD).run_chores = lambda now: False  # type: ignore[method-assign]
     assert look(group, THIRD) == ({}, ["f"])
 
 

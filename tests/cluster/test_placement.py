@@ -99,6 +99,16 @@ def test_two_machines_of_a_zone_that_look_alike_are_refused() -> None:
         place_nodes(zones_of(ABC), node_names(1), one_machine_each(["a", "b", "b", "c"]), {})
 
 
+def test_a_machine_without_a_name_that_stays_holds_caches_but_no_data() -> None:
+    zones = zones_of(ABC, host_label="host")
+    named = [NodePlace(zone, f"{zone}1") for zone in ABC]
+    before = place_nodes(zones, node_names(1), [*named, NodePlace("b"), NodePlace("b")], {})
+    assert before["storage-0-1"] == before["cold-0-1"] == NodePlace("b", "b1")
+    assert place_nodes(zones, node_names(1, caches=2), [NodePlace("b")], before)["cache-0-1"] == NodePlace("b")
+    with pytest.raises(ConfigError, match=r"storage-0-1 belongs in zone 'b'.*--labels zone=b,host=NAME"):
+        place_nodes(zones, node_names(1), [named[0], NodePlace("b"), named[2]], {})
+
+
 def test_zones_are_shared_only_when_that_is_allowed() -> None:
     allowed = zones_of(ABC, allow_shared_zones=True)
     places = place_nodes(allowed, node_names(1), one_machine_each(["a", "b"]), {})
@@ -119,13 +129,13 @@ def test_replicas_that_share_a_zone_are_on_different_machines_of_it() -> None:
 def test_machines_are_ray_nodes_that_carry_the_labels() -> None:
     labels = [
         {"zone": "a", "host": "a1", "ray.io/node-id": "x"},
-        {"zone": "a"},  # not for data: it has no name that stays
+        {"zone": "b"},
         {"zone": "elsewhere", "host": "e1"},
         {"host": "b1"},
         {},
     ]
-    assert machines_of(zones_of(ABC, host_label="host"), labels) == [NodePlace("a", "a1")]
-    assert machines_of(zones_of(ABC), labels) == [NodePlace("a"), NodePlace("a")]
+    assert machines_of(zones_of(ABC, host_label="host"), labels) == [NodePlace("a", "a1"), NodePlace("b")]
+    assert machines_of(zones_of(ABC), labels) == [NodePlace("a"), NodePlace("b")]
     assert machines_of(zones_of(ABC, label="host"), labels) == []
 
 

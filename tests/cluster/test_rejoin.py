@@ -22,7 +22,7 @@ from timetier.cluster.messages import (
     pack_u32,
     unpack_i64,
 )
-from timetier.cluster.storage.service import StorageService
+from timetier.cluster.storage.service import REOPEN_S, StorageService
 
 CONFIG = StorageConfig(
     engine_cache_mb=8,
@@ -180,10 +180,8 @@ def test_a_learner_is_in_no_quorum_and_goes_on_where_it_stopped(tmp_path: Path) 
             shutil.rmtree(tmp_path / f"storage-0-{LOST}")
             cluster.network.cut("storage-0-2", "storage-0-1")
             service = await cluster.start(LOST, may_format=False, may_learn=True)
-            await asyncio.sleep(1.5)
-            status = service.status()
-            assert status["state"] == "learning"
-            assert "storage-0-1" in status["rejoin"]["reason"], "one peer alone does not know all"
+            await wait_for(lambda: "storage-0-1" in service.status()["rejoin"]["reason"], "one peer is not enough")
+            assert state(service) == "learning"
             cluster.network.heal()
             await wait_for(
                 lambda: state(service) == "learning" and service.status()["incarnation"] == 2, "its new life"
@@ -207,11 +205,12 @@ def test_two_replicas_that_lost_their_data_do_not_vote(tmp_path: Path) -> None:
                 await cluster.stop(number)
                 shutil.rmtree(tmp_path / f"storage-0-{number}")
             services = [await cluster.start(number, may_format=False, may_learn=True) for number in (1, 2)]
-            await asyncio.sleep(3.0)
+            for service in services:
+                await wait_for(lambda s=service: "to vote" in s.status()["reason"], "it waits for the other")
+            await asyncio.sleep(2 * REOPEN_S)
             for service in services:
                 status = service.status()
                 assert status["state"] == "learning"
-                assert "to vote" in status["reason"]
                 assert status["incarnation"] == 0
 
     asyncio.run(run())

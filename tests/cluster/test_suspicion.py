@@ -175,6 +175,23 @@ def test_a_node_that_is_back_but_slow_serves_what_fails_for_want_of_time_at_firs
     with_store(scenario)
 
 
+def test_a_store_that_is_slower_than_an_attempt_may_take_serves_all_the_same() -> None:
+    async def scenario(model: ModelStore, store: AsyncStore) -> None:
+        async def fault(node: str, message: Message) -> Message | None:
+            await asyncio.sleep(1.5 * SETTINGS.attempt_timeout_s)
+            return None
+
+        model.fault = fault
+        table = store.table("moments")
+        assert await table.put("alice", 1, b"v") == 1
+        item = await table.get("alice", 1)
+        assert item is not None
+        assert item.value == b"v"
+        assert len(model.log) < 30, "it is not asked all the time"
+
+    with_store(scenario)
+
+
 # ---------------------------------------------------------------- the reader's
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from timetier.cluster.client.scripts import WriteRequest, write
 from timetier.cluster.client.view import View
 from timetier.cluster.cold.link import FORMAT, Block, Link, encode_link
 from timetier.cluster.comparing import BEHIND, DIFFERS
+from timetier.cluster.config import StorageConfig
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import item_key, split_timeline, system_timeline, timeline_hash, timeline_key
 from timetier.cluster.messages import DELETE, PUT, pack_i64
@@ -24,6 +26,7 @@ from timetier.cluster.verifying import VerifyReport, VerifySettings, verify
 TIMELINES = [timeline_key(b"t", b"owner-%d" % number, BUCKETS) for number in range(60)]
 VICTIM = TIMELINES[7]
 EACH = 8
+CONFIG = StorageConfig(engine_cache_mb=8, engine_write_buffer_mb=4, catch_up_interval_s=0.2)
 
 
 class Writer:
@@ -124,7 +127,7 @@ async def writing(writer: Writer, timelines: list[bytes]) -> AsyncIterator[list[
 
 def test_equal_replicas_are_found_equal_while_writes_go_on(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.fill()
             async with writing(writer, TIMELINES[:6]) as versions:
@@ -140,7 +143,7 @@ def test_equal_replicas_are_found_equal_while_writes_go_on(tmp_path: Path) -> No
 
 def test_what_was_changed_or_lost_in_one_replica_is_named_and_mended(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.fill()
             damage = {TIMELINES[1]: flip, TIMELINES[2]: lose_row, TIMELINES[3]: flip}
@@ -168,7 +171,7 @@ def test_what_was_changed_or_lost_in_one_replica_is_named_and_mended(tmp_path: P
 
 def test_a_timeline_that_is_written_all_the_time_is_mended_too(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.fill()
             await behind_its_back(cluster, 1, flip(VICTIM))
@@ -188,7 +191,7 @@ def test_a_timeline_that_one_replica_lacks_is_found_and_fetched(tmp_path: Path) 
     """The replica fetches it by itself when it compares how far it is; until then it is behind, never equal."""
 
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.fill()
             await behind_its_back(cluster, 2, lose_timeline(VICTIM))
@@ -203,7 +206,7 @@ def test_a_timeline_that_one_replica_lacks_is_found_and_fetched(tmp_path: Path) 
 
 def test_where_all_three_differ_they_are_left_alone(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             await Writer(cluster).fill()
             await behind_its_back(cluster, 0, flip(VICTIM))
             await behind_its_back(cluster, 1, lose_row(VICTIM))
@@ -221,7 +224,7 @@ def test_where_all_three_differ_they_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_replica_that_is_down_is_said_and_is_no_success(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             await Writer(cluster).fill()
             await cluster.stop(1)
             for mend in (False, True):
@@ -235,7 +238,7 @@ def test_a_replica_that_is_down_is_said_and_is_no_success(tmp_path: Path) -> Non
 
 def test_rows_that_only_some_replicas_have_evicted_yet_are_no_difference(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path) as cluster:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.fill()
             bucket = int.from_bytes(VICTIM[:4], "big")
@@ -263,3 +266,26 @@ def link_of(timeline: bytes, version: int) -> Link:
     block = Block("file.arrow", 0, 10, 0, 4, low, high, owner, owner)
     before = (1 << 62, 1 << 62)
     return Link(FORMAT, bucket, table, 0, POLICY.window, 1, *before, owners, versions, 4, 100, "run", [block])
+
+
+def test_a_wiped_replica_is_not_compared_while_it_learns_and_equal_when_it_votes_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with StorageCluster(tmp_path, CONFIG) as cluster:
+            writer = Writer(cluster)
+            await writer.fill()
+            await cluster.stop(2)
+            shutil.rmtree(tmp_path / "storage-0-2")
+            await cluster.stop(1)  # without it the other can't learn all that there is to know
+            await cluster.start(2, may_format=False, may_learn=True)
+            report = await compare(cluster, mend=True, patience_s=0.3)
+            assert not report.ok
+            assert {n.replica for n in report.not_compared} == {1, 2}
+            await cluster.start(1)
+            async with writing(writer, TIMELINES[:3]) as versions:
+                await cluster.ready()
+                report = await compare(cluster)
+                assert report.ok, report
+                assert versions
+            assert report.equal == len(TIMELINES)
+
+    asyncio.run(asyncio.wait_for(body(), 60))

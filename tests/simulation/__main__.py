@@ -4,8 +4,10 @@
     python -m tests.simulation --seconds 150 --jobs 2       as many seeds as fit
     python -m tests.simulation --replay SEED [--log FILE]   the same run again, event by event
     python -m tests.simulation --shrink SEED [--log FILE]   the fewest faults and operations that still fail
+    python -m tests.simulation --planted [--only NAME]      seeds that it takes to find each of the planted bugs
 
-Exit status 1 on any violation. A seed stands for one run exactly, with the same `--operations`.
+Exit status 1 on any violation, and on a planted bug that is not found. A seed stands for one run exactly, with the
+same `--operations`.
 """
 
 from __future__ import annotations
@@ -23,10 +25,31 @@ from typing import Any
 
 from .campaign import run_seeds
 from .plan import DEFAULT_OPERATIONS, Plan, make_plan
+from .planted_runs import MAX_SEEDS, run_planted
 from .runner import Outcome, run_plan
 from .shrink import shrink
 
 MAX_FAILURES = 50  # of one campaign
+
+COVERAGE = (
+    "storage fast_accepts",
+    "storage prepares",
+    "storage settles",
+    "storage entries_fetched",
+    "storage states_installed",
+    "storage entries_trimmed",
+    "storage rows_evicted",
+    "storage rejoins",
+    "storage outdated_lives_refused",
+    "storage lives_ended_by_errors",
+    "cache hits",
+    "cache misses",
+    "cache cold_reads",
+    "cold files_repaired",
+    "cold blocks_repaired",
+    "cold files_removed",
+)
+"""Counters of the services that say that the rare things did happen."""
 
 _SUMMED = (
     "steps",
@@ -50,6 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.replay is not None:
         return _replay(make_plan(options.replay, options.operations), options.log)
+    if options.planted:
+        base_seed = options.base_seed or 0
+        return run_planted(options.only, max_seeds=options.max_seeds, base_seed=base_seed, jobs=options.jobs)
     if options.shrink is not None:
         return _shrink(make_plan(options.shrink, options.operations), options.seconds or 60.0, options.log)
     return _campaign(options)
@@ -66,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operations", type=_positive, default=DEFAULT_OPERATIONS, help="client operations of a run")
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and write its log")
     parser.add_argument("--shrink", type=int, metavar="SEED", help="reduce a failing seed")
+    parser.add_argument("--planted", action="store_true", help="find planted bugs (--base-seed: 0 if not given)")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="bugs with this in their name")
+    parser.add_argument("--max-seeds", type=_positive, default=MAX_SEEDS, help="runs for each planted bug")
     parser.add_argument("--log", type=Path, help="file for the log (default: standard output)")
     return parser
 
@@ -85,6 +114,7 @@ def _campaign(options: argparse.Namespace) -> int:
     totals: Counter[str] = Counter()
     runs = failed = 0
     cpu_s = 0.0
+    counters: Counter[str] = Counter()
     seeds = itertools.count(base_seed)
     chosen = iter(range(base_seed, base_seed + count)) if count else seeds
     for outcome in run_seeds(chosen, operations=options.operations, jobs=options.jobs, seconds=options.seconds):
@@ -93,13 +123,15 @@ def _campaign(options: argparse.Namespace) -> int:
         totals.update({name: getattr(outcome, name) for name in _SUMMED})
         totals["violations"] += len(outcome.violations)
         cpu_s += outcome.cpu_s
+        counters.update({name: outcome.counters.get(name, 0) for name in COVERAGE})
         if outcome.violations:
             _print_failure(outcome, options.operations)
         if failed == MAX_FAILURES:
             print(f"stopped after {failed} failures", flush=True)
             break
     seconds = time.perf_counter() - began
-    print(json.dumps(_summary(totals, runs, failed, base_seed, seconds, cpu_s)), flush=True)
+    summary = _summary(totals, runs, failed, base_seed, seconds, cpu_s)
+    print(json.dumps({**summary, "coverage": counters}), flush=True)
     return 1 if failed else 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from timetier.cluster.errors import Corrupt
 from timetier.cluster.identity import _FIELDS, Identity, Refused
-from timetier.cluster.storage.engine import EngineFailed
+from timetier.cluster.storage.engine import EngineDamaged, EngineFailed
 
 from .loop import Crashed, Life
 
@@ -37,7 +37,8 @@ class SimDisk:
         self.full = False
         self.failing = False
         self.operations = 0
-        self.engine = EngineFolder()
+        self.engines: dict[Path, EngineFolder] = {}
+        self.engine = EngineFolder()  # the one that was opened last
         self.identity: dict[str, Any] | None = None
         self.losable: list[Callable[[], None]] = []  # other residents that lose what is not synced
 
@@ -63,7 +64,8 @@ class SimDisk:
 
     def power_off(self) -> None:
         """Lose what was not synced; any prefix of it may have reached the disk."""
-        self.engine.crash(self.random)
+        for folder in self.engines.values():
+            folder.crash(self.random)
         for lose in self.losable:
             lose()
 
@@ -71,30 +73,45 @@ class SimDisk:
         """Room on the disk."""
         return 0 if self.full else ROOMY_BYTES
 
-    def copy_folder(self) -> tuple[EngineFolder, dict[str, Any] | None]:
+    def copy_folder(self) -> Folder:
         """The durable content of a storage node's folder, as a backup would take it."""
-        saved = EngineFolder()
-        saved.exists, saved.synced, saved.logged = self.engine.exists, dict(self.engine.synced), self.engine.logged
-        return saved, copy.deepcopy(self.identity)
+        return {path: folder.copy() for path, folder in self.engines.items()}, copy.deepcopy(self.identity)
 
-    def put_folder(self, saved: tuple[EngineFolder, dict[str, Any] | None]) -> None:
+    def put_folder(self, saved: Folder) -> None:
         """Put an earlier copy in the place of the folder."""
-        self.engine, self.identity = saved
+        self.engines, self.identity = saved
 
     def wipe(self) -> None:
         """Lose everything."""
-        self.engine, self.identity = EngineFolder(), None
+        self.engines, self.identity = {}, None
+
+    def remove_engine(self, path: Path) -> None:
+        """Remove the engine in a folder, if there is one."""
+        self.operations += 1
+        if self.life is not None:
+            self.point(self.life, "remove engine")
+        self.engines.pop(path, None)
 
 
 class EngineFolder:
-    """What an engine has on its disk. `unsynced`: batches that were handed over and not yet synced."""
+    """What an engine has on its disk. `unsynced`: batches that were handed over and not yet synced.
+
+    `damaged`: a record of the log is, so it can't be opened. `damaged_rows`: can't be read.
+    """
 
     def __init__(self) -> None:
-        self.exists = False
         self.damaged = False
+        self.damaged_rows: set[bytes] = set()
         self.synced: dict[bytes, bytes] = {}
         self.logged = 0  # batches in the log behind which nothing was lost
         self.unsynced: list[Batch] = []
+
+    def copy(self) -> EngineFolder:
+        """The durable part."""
+        copied = EngineFolder()
+        copied.damaged, copied.damaged_rows = self.damaged, set(self.damaged_rows)
+        copied.synced, copied.logged = dict(self.synced), self.logged
+        return copied
 
     def settle(self, batches: int) -> None:
         """The first `batches` unsynced ones have reached the disk."""
@@ -120,18 +137,32 @@ class EngineFolder:
             self.damaged = True
         return self.damaged
 
+    def flip_row_bit(self, random: Random) -> bool:
+        """Flip a bit where a row lies. False if there is none."""
+        if self.synced:
+            self.damaged_rows.add(random.choice(sorted(self.synced)))
+        return bool(self.damaged_rows)
+
+
+Folder = tuple[dict[Path, EngineFolder], dict[str, Any] | None]
+"""A storage node's folder: engines by path, and the identity."""
+
 
 class SimEngine:
     """Implements `DurableEngine` on an `EngineFolder`, for one life."""
 
-    def __init__(self, disk: SimDisk, life: Life, *, create: bool) -> None:
+    def __init__(self, disk: SimDisk, life: Life, path: Path, *, create: bool) -> None:
         disk.check(life, "open engine")
-        folder = disk.engine
-        if not create and not folder.exists:
+        folder = disk.engines.get(path)
+        if folder is None:
+            folder = EngineFolder()
+            if create:
+                disk.engines[path] = folder
+        if path not in disk.engines:
             raise Corrupt(f"{disk.name} holds no database, but this replica has been formatted before")
         if folder.damaged:
             raise Corrupt(f"the database of {disk.name} can't be opened: checksum mismatch in the log")
-        folder.exists = True
+        disk.engine = folder
         self.sequence = 1
         self._disk = disk
         self._life = life
@@ -189,20 +220,20 @@ class SimEngine:
 
     def get(self, key: bytes) -> bytes | None:
         self.commit()
-        self._may_read()
+        self._may_read([key])
         return self._rows.get(key)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         self.commit()
-        self._may_read()
+        self._may_read(keys)
         return [self._rows.get(key) for key in keys]
 
     def scan(self, low: bytes, high: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         self.commit()
-        self._may_read()
         names = self._names[bisect_left(self._names, low) : bisect_left(self._names, high)]
         if reverse:
             names.reverse()
+        self._may_read(names)
         rows = self._rows
         return iter([(name, rows[name]) for name in names])
 
@@ -245,11 +276,13 @@ class SimEngine:
             raise EngineFailed("the engine is closed")
         self._disk.check(self._life, what)
 
-    def _may_read(self) -> None:
+    def _may_read(self, keys: Sequence[bytes]) -> None:
         if self._life.dead:
             raise Crashed
         if not self._open:
             raise EngineFailed("the engine is closed")
+        if self._folder.damaged_rows and not self._folder.damaged_rows.isdisjoint(keys):
+            raise EngineDamaged("simulated damage: a row's checksum is wrong")
 
 
 class SimIdentity(Identity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .disk import SimDisk
 from .network import Weather
 from .plan import Fault
 from .workload import Workload
@@ -134,7 +135,7 @@ class Faults:
 
         self._until("weather", fault.lasts_s, clear)
 
-    # ------------------------------------------------------------ disks and clocks
+    # ------------------------------------------------------------ disks
 
     def _slow_disk(self, fault: Fault) -> None:
         node = self._world.nodes[fault.node]
@@ -162,6 +163,57 @@ class Faults:
             disk.failing = False
 
         self._until(f"broken disk of {fault.node}", fault.lasts_s, end)
+
+    # ------------------------------------------------------------ loss of a replica's data
+
+    def _lose(self, name: str, how: Callable[[SimDisk], bool]) -> None:
+        """Have a node crash, and have something happen to its folder before it starts again."""
+        world = self._world
+        if self._over or not world.may_lose():
+            return
+        disk = world.nodes[name].disk
+        world.crash(name, "before it loses data")
+        if how(disk):
+            world.trace.note("fault", f"{name} has lost data")
+            world.lost(name)
+        world.start(name)
+
+    def _wipe(self, fault: Fault) -> None:
+        def wipe(disk: SimDisk) -> bool:
+            disk.wipe()
+            return True
+
+        self._lose(fault.node, wipe)
+
+    def _old_folder(self, fault: Fault) -> None:
+        """Copy a folder, let the node live another life on it, and put the copy back. Without that other life, noted
+        by the peers, nobody could tell (see docs/guarantees.md)."""
+        saved = self._world.nodes[fault.node].disk.copy_folder()
+
+        def put(disk: SimDisk) -> bool:
+            disk.put_folder(saved)
+            return True
+
+        def put_back() -> None:
+            now = self._world.nodes[fault.node].disk.identity
+            if now and saved[1] and now["boot"] > saved[1]["boot"] and self._world.life_is_noted(fault.node):
+                self._lose(fault.node, put)
+
+        self._world.later(fault.lasts_s / 2, lambda: self._restart(fault.node))
+        self._world.later(fault.lasts_s, put_back)
+
+    def _restart(self, name: str) -> None:
+        if not self._over:
+            self._world.crash(name)
+            self._world.start(name)
+
+    def _flip_log(self, fault: Fault) -> None:
+        self._lose(fault.node, lambda disk: disk.engine.flip_bit())
+
+    def _flip_row(self, fault: Fault) -> None:
+        self._lose(fault.node, lambda disk: disk.engine.flip_row_bit(disk.random))
+
+    # ------------------------------------------------------------ clocks and cold files
 
     def _clock_jump(self, fault: Fault) -> None:
         self._world.skew_us[fault.node] += int(fault.amount * 1e6)
@@ -199,4 +251,8 @@ _HAPPENS: dict[str, Callable[[Faults, Fault], None]] = {
     "flip cold": Faults._flip_cold,
     "lose cold": Faults._lose_cold,
     "sink": Faults._sink,
+    "wipe": Faults._wipe,
+    "old folder": Faults._old_folder,
+    "flip log": Faults._flip_log,
+    "flip row": Faults._flip_row,
 }

@@ -12,7 +12,7 @@ from random import Random
 
 from timetier.cluster.keys import timeline_hash
 
-BUCKETS = 64
+BUCKETS = 128  # the least that two groups can share
 TABLE = "t"
 BASE_US = 1_700_000_000_000_000
 DEFAULT_OPERATIONS = 100
@@ -48,6 +48,11 @@ class Shape:
     dropped: float
     doubled: float
     straggling: float
+    groups: int = 1
+
+    def storage_nodes(self) -> tuple[str, ...]:
+        """Names of all storage nodes."""
+        return tuple(f"storage-{group}-{replica}" for group in range(self.groups) for replica in range(3))
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,13 @@ def _shape(random: Random, operations: int) -> Shape:
         dropped=random.choice([0.0, 0.0, 0.005, 0.02]),
         doubled=random.choice([0.0, 0.0, 0.01]),
         straggling=random.choice([0.0, 0.0, 0.02]),
+        groups=random.choice([1, 1, 1, 1, 1, 2]),
     )
 
 
 def _owners(random: Random) -> tuple[str, ...]:
     """Two to four owners; the first two share a bucket, so their rows sink together."""
-    names = [f"o{number}" for number in range(400)]
+    names = [f"o{number}" for number in range(2_000)]
     first = random.choice(names)
     bucket = timeline_hash(TABLE.encode(), first.encode()) % BUCKETS
     same = [n for n in names if n != first and timeline_hash(TABLE.encode(), n.encode()) % BUCKETS == bucket]
@@ -285,14 +291,19 @@ _FAULTS = {
     "kill client": 3,
     "flip cold": 3,
     "lose cold": 2,
+    "wipe": 4,
+    "old folder": 4,
+    "flip log": 3,
+    "flip row": 3,
 }
-_OF_STORAGE = frozenset({"broken disk"})
+_OF_STORAGE = frozenset({"broken disk", "wipe", "old folder", "flip log", "flip row"})
 
 
 def _faults(seed: int, shape: Shape) -> list[Fault]:
     random = stream(seed, "faults")
-    caches = tuple(f"cache-0-{number}" for number in range(shape.caches))
-    nodes = (*STORAGE_NODES * 3, *caches, *COLD_NODES)
+    storage = shape.storage_nodes()
+    caches = tuple(f"cache-{group}-{number}" for group in range(shape.groups) for number in range(shape.caches))
+    nodes = (*storage * 3, *caches, *COLD_NODES)
     clients = tuple(f"client-{number}" for number in range(shape.clients))
     weak_cold = random.choice(COLD_NODES)  # whatever damages cold files hits one node only: two copies stay
     # Each seed has some kinds of faults only (Groce et al., "Swarm testing", 2012).
@@ -302,13 +313,13 @@ def _faults(seed: int, shape: Shape) -> list[Fault]:
     faults = []
     for number in range(many):
         kind = random.choices(kinds, weights)[0]
-        node = random.choice(STORAGE_NODES if kind in _OF_STORAGE else nodes)
+        node = random.choice(storage if kind in _OF_STORAGE else nodes)
         other = random.choice([name for name in (*nodes, *clients) if name != node])
         at_s = random.uniform(0, shape.duration_s)
         lasts_s = random.choice([0.02, 0.2, 1.0, 2.5]) * random.uniform(0.5, 1.5)
         amount = 0.0
         if kind == "crash at disk":
-            node = random.choice((*STORAGE_NODES * 3, *COLD_NODES))
+            node = random.choice((*storage * 3, *COLD_NODES))
             amount = float(random.choice([1, 2, 3, 5, 10, 30, 100]))
         elif kind == "clock jump":
             amount = random.choice([-1, 1]) * random.choice([0.01, 1.0, 60.0])

@@ -44,8 +44,15 @@ _under_way: dict[tuple[int, bytes, bytes, int], Any] = {}
 _followers: dict[int, list[Any]] = {}
 
 
-def _bug(name: str, rule: str, *changes: tuple[str, str, str] | Swap) -> Bug:
-    return Bug(name, rule, tuple(Edit(*change) if isinstance(change, tuple) else change for change in changes))
+def _bug(
+    name: str,
+    rule: str,
+    *changes: tuple[str, str, str] | Swap,
+    plans: str = "everything",
+    scripts: tuple[str, ...] = (),
+) -> Bug:
+    made = tuple(Edit(*change) if isinstance(change, tuple) else change for change in changes)
+    return Bug(name, rule, made, plans, scripts)
 
 
 BUGS = [
@@ -67,6 +74,7 @@ BUGS = [
             "ready = [vote for vote in self._own_votes if vote[0] <= self.core.durable]",
             "ready = list(self._own_votes)",
         ),
+        plans="restarts",
     ),
     _bug(
         "promise not written",
@@ -77,11 +85,14 @@ BUGS = [
         "promise forgotten in a restart",
         "a promise binds all later lives",
         ("paxos.core:Core._load", "if meta.promised_entry == timeline.chosen + 1:", "if False:"),
+        plans="restarts",
+        scripts=("11_regained_right",),
     ),
     _bug(
         "ballot reused after a restart",
         "no ballot is used by two lives",
         ("identity:Identity.life_number", "return self.boot << TOKEN_BITS | self.token", "return 1"),
+        plans="restarts",
     ),
     _bug(
         "memory ahead of the engine after a restart",
@@ -96,6 +107,7 @@ BUGS = [
         "memory behind the engine after a restart",
         "a later record proves that the one before was chosen",
         ("paxos.core:Core._load", "self._apply_loaded(timeline)", "break"),
+        scripts=("09_fsync",),
     ),
     _bug(
         "torn write of many items",
@@ -105,6 +117,8 @@ BUGS = [
             "engine.put(log_key(key, entry), record)",
             "engine.put(log_key(key, entry), record)\n    engine.commit()",
         ),
+        plans="restarts",
+        scripts=("09_fsync",),
     ),
     # ---- proposers and acceptors
     _bug(
@@ -115,6 +129,8 @@ BUGS = [
             "if timeline.promised != NO_BALLOT or timeline.accepted != NO_BALLOT:",
             "if timeline.promised != NO_BALLOT:",
         ),
+        plans="duels",
+        scripts=("02_first_entry",),
     ),
     _bug(
         "round 0 outlives a promise",
@@ -125,6 +141,8 @@ BUGS = [
             "if timeline.accepted != NO_BALLOT:",
         ),
         ("paxos.proposer:Proposer._send_accept", "if against > proposal.ballot:", "if False:"),
+        plans="duels",
+        scripts=("26_own_promise",),
     ),
     _bug(
         "round 0 for every life of a replica",
@@ -139,12 +157,16 @@ BUGS = [
             "return timeline.origin == life",
             "return timeline.origin[0] == life[0]",
         ),
+        plans="restarts",
+        scripts=("05_settle",),
     ),
     _bug(
         "claim to round 0 not checked",
         "acceptors check a claim to round 0 against entry e-1",
         ("paxos.acceptor:Acceptor._claim_holds", "return timeline.origin == life", "return True"),
         ("paxos.proposer:Proposer._has_right", "return timeline.origin == self.core.life", "return True"),
+        plans="duels",
+        scripts=("03_lost_right",),
     ),
     _bug(
         "accepts below its promise",
@@ -154,6 +176,8 @@ BUGS = [
             "if ballot < max(timeline.promised, timeline.accepted) or",
             "if ballot < timeline.accepted or",
         ),
+        plans="duels",
+        scripts=("04_duel",),
     ),
     _bug(
         "value of the lowest ballot",
@@ -163,6 +187,8 @@ BUGS = [
             "accepted, value, _ = max(proposal.promises.values(), key=lambda p: p[0])",
             "accepted, value, _ = min(proposal.promises.values(), key=lambda p: p[0])",
         ),
+        plans="duels",
+        scripts=("17_keeps_origin",),
     ),
     _bug(
         "one vote suffices",
@@ -177,11 +203,14 @@ BUGS = [
             "timeline.accepted == message.ballot != NO_BALLOT",
             "timeline.accepted != NO_BALLOT",
         ),
+        plans="duels",
+        scripts=("08_very_ballot",),
     ),
     _bug(
         "rows of a replaced value stay",
         "the rows of an accepted value go when it is replaced",
         ("paxos.acceptor:Acceptor._write_entry", "if old and old not in kept:", "if False:"),
+        plans="duels",
     ),
     # ---- requests
     _bug(
@@ -211,6 +240,8 @@ BUGS = [
             "elif waiter.seen < timeline.chosen - self.core.settings.request_id_entries:",
             "elif False:",
         ),
+        plans="transfers",
+        scripts=("14_stale",),
     ),
     _bug(
         "conditional write shares an entry",
@@ -252,6 +283,7 @@ BUGS = [
         "a read is answered by what was asked after it came",
         Swap("memory.lanes:ReadLane.put", _share_late),
         Swap("memory.service:CacheService._done", _answer_followers),
+        plans="duels",
     ),
     _bug(
         "delta skips an entry",
@@ -281,27 +313,32 @@ BUGS = [
             "low = max([self._floor, *[source.edge for source in self._sources]])",
             "low = self._floor",
         ),
+        plans="sinks",
     ),
     _bug(
         "page ends at the border of the tiers",
         "a page has a token as long as there are older items",
         ("memory.pages:Page.newest", "cut > 0 or bool(self.low)", "cut > 0"),
+        plans="sinks",
     ),
     _bug(
         "block wins over a late write",
         "a late write into a sunk window wins over the block",
         ("memory.pages:merge", "if known is None or version > known[0]:", "if known is None or rows is not hot:"),
+        plans="sinks",
     ),
     # ---- the sink
     _bug(
         "late write ignored by the sink",
         "the next generation of a block has the newest row of each item",
         ("cold.sinking:merge_window", "if held is None or timeline.versions[at] >= held[2]:", "if held is None:"),
+        plans="sinks",
     ),
     _bug(
         "evicted before the link is chosen",
         "a replica evicts what a chosen link covers",
         ("paxos.chores:Chores._chore", "if timeline.chosen < entry:", "if False:"),
+        plans="sinks",
     ),
     _bug(
         "linked before all copies",
@@ -311,37 +348,46 @@ BUGS = [
             "for replica in range(topology.cold_replicas)]",
             "for replica in range(topology.cold_replicas - 1)]",
         ),
+        plans="sinks",
     ),
     _bug(
         "weak snapshot sunk",
         "a timeline is sunk as of a version that nothing acknowledged exceeds",
         ("cold.sink_script:_Run._scan_page", "if timeline.version >= floors[timeline.key]]", "]"),
+        plans="sinks",
     ),
     _bug(
         "two sinks at once",
         "the links of a bucket are written on condition that nobody else did",
         ("cold.sink_script:_Run._link", "if_version=pending.system_version,", ""),
+        plans="sinks",
     ),
     _bug(
         "floor not raised by an eviction",
         "the log is not asked for rows that were evicted",
         ("paxos.chores:Chores._delete", "timeline.floor = max(timeline.floor, floor)", ""),
+        plans="sinks",
     ),
     # ---- catching up
     _bug(
         "state merged, not replaced",
         "a state transfer replaces what is there",
         ("paxos.catchup:CatchUp._install", "for name in old:", "for name in ():"),
+        plans="transfers",
     ),
     _bug(
         "state before its links",
         "a state is installed after the links that its missing rows are behind",
         ("paxos.catchup:CatchUp._install_when_possible", "if system.chosen < incoming.needs_system:", "if False:"),
+        plans="sinks",
+        scripts=("25_state_and_links",),
     ),
     _bug(
         "old lives are heard",
         "messages of a replaced life are refused",
         ("paxos.replica:Replica.peer", "if known is not None and not _follows(batch, known):", "if False:"),
+        plans="losses",
+        scripts=("10_old_life",),
     ),
     # ---- loss of data
     _bug(
@@ -352,11 +398,15 @@ BUGS = [
             "(vote if isinstance(vote, int) else vote[2]) == lives.get(replica, (0, 0, 0))[1]",
             "True",
         ),
+        plans="losses",
+        scripts=("23_old_vote",),
     ),
     _bug(
         "learner votes",
         "a replica that lost data is in no quorum until it has copied all",
         ("paxos.replica:Replica.__init__", 'LEARNING, "copying', 'VOTING, "copying'),
+        plans="losses",
+        scripts=("22_learner",),
     ),
     _bug(
         "copied acceptance is a vote",
@@ -366,5 +416,7 @@ BUGS = [
             "vote=False)\n    timeline.accepted, timeline.learned = ballot, True",
             "vote=True)\n    timeline.accepted, timeline.learned = ballot, False",
         ),
+        plans="losses",
+        scripts=("22_learner",),
     ),
 ]

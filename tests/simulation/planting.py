@@ -88,11 +88,16 @@ class Swap:
 
 @dataclass(frozen=True)
 class Bug:
-    """One bug to be found. `rule`: what it breaks; `changes`: what is planted."""
+    """One bug to be found. `rule`: what it breaks; `changes`: what is planted.
+
+    `plans`: of which kind the seeds are (`biased.PLANS`); `scripts`: directed schedules that find it if no seed does.
+    """
 
     name: str
     rule: str
     changes: tuple[Edit | Swap, ...]
+    plans: str = "everything"
+    scripts: tuple[str, ...] = ()
 
     @contextmanager
     def planted(self) -> Iterator[None]:

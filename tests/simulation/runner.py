@@ -62,6 +62,7 @@ class Outcome:
     virtual_s: float = 0.0
     seconds: float = 0.0
     cpu_s: float = 0.0
+    counters: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
@@ -102,8 +103,8 @@ class _Run:
             self.report("everything completes", str(error))
         finally:
             logging.getLogger("timetier").removeHandler(log)
-            self._figures()
             self.world.close()
+            self._figures()
 
     def _phases(self) -> None:
         world, workload = self.world, self.workload
@@ -169,6 +170,7 @@ class _Run:
         outcome.checked_evictions = world.watch.checked_evictions
         outcome.checked_answers = world.watch.checked_answers
         outcome.virtual_s = world.loop.now
+        outcome.counters = dict(world.counters)
         outcome.lines = list(world.trace.lines)
 
 

@@ -13,12 +13,14 @@ from timetier.cluster.cold.link import Block, Link, decode_link
 from timetier.cluster.errors import TimeTierError
 from timetier.cluster.keys import bucket_of, is_system, split_timeline, system_timeline
 from timetier.cluster.memory.pages import Page
-from timetier.cluster.messages import PUT, WIPE, Accepted, PeerBatch, Promise
+from timetier.cluster.messages import PUT, WIPE, Accepted, Life, PeerBatch, Promise
 from timetier.cluster.paxos.core import Timeline
+from timetier.cluster.paxos.replica import _decode_life
 from timetier.cluster.paxos.rows import (
     Meta,
     decode_record,
     decode_row,
+    life_key,
     log_entry,
     log_key,
     meta_key,
@@ -99,9 +101,12 @@ class Watch:
             if wanted not in zip(entry.kinds, entry.keys, entry.values, strict=True) and not merged_away:
                 told = f"{show_key(key)} = {value[:24]!r}"
                 self._report("acknowledged writes survive", f"{who} was told that {where} has {told}; it has {entry}")
-        copies = sum(_knows_entry(disk.engine.synced, timeline, version) for disk in self._world.voter_disks(timeline))
-        if copies < 2 and not self._world.lately_wiped():
+        copies = sum(_knows_entry(disk.engine.synced, timeline, version) for disk in self._disks_of(timeline))
+        if copies < 2 and not self._world.lately_lost():
             self._report("acknowledged writes survive", f"{where} was acknowledged to {who} with {copies} copies")
+
+    def _disks_of(self, timeline: bytes) -> list[SimDisk]:
+        return [self._world.nodes[name].disk for name in self._world.voters(timeline)]
 
     # ------------------------------------------------------------ cache pages
 
@@ -249,7 +254,7 @@ class Watch:
             if node.tier != "storage":
                 continue
             for timeline, history in sorted(self.truth.timelines.items()):
-                if is_system(timeline):
+                if is_system(timeline) or name not in self._world.voters(timeline):
                     continue
                 self.replica_has_all(name, timeline)
                 found = self._world.replica(name)
@@ -297,6 +302,12 @@ def _entry(engine: SimEngine, timeline: bytes, number: int, request_ids: list[by
     )
 
 
+def noted_life(rows: dict[bytes, bytes], replica: int) -> Life | None:
+    """The greatest life of a peer that is on a replica's disk."""
+    row = rows.get(life_key(replica))
+    return _decode_life(row) if row is not None else None
+
+
 def _meta(rows: dict[bytes, bytes], timeline: bytes) -> Meta:
     row = rows.get(meta_key(timeline))
     return Meta.decode(row) if row is not None else Meta()
@@ -315,7 +326,7 @@ def _is_durable(rows: dict[bytes, bytes], message: Accepted | Promise, chosen: E
     encoded = rows.get(log_key(timeline, entry))
     if encoded is not None:
         record = decode_record(encoded)
-        if record.ballot >= ballot:
+        if record.ballot > ballot or (record.ballot == ballot and (record.vote or isinstance(message, Promise))):
             return True
         if chosen is not None and (tuple(record.request_ids), record.origin) == (chosen.request_ids, chosen.origin):
             return True

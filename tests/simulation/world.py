@@ -7,6 +7,8 @@ disk has kept. `faults.py` decides when.
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +35,11 @@ from .loop import WORLD, Crashed, Life, SimLoop, io_times
 from .network import SimNetwork, Weather
 from .plan import BASE_US, BUCKETS, TABLE, Plan, stream
 from .trace import Trace, show_timeline
-from .watch import Watch, chosen_of
+from .watch import Watch, chosen_of, noted_life
 
 CLUSTER = "simulated"
 RESTART_S = 0.5  # after a start that failed
+LOSS_S = 0.5  # after a loss of data: so long nobody is asked whether writes from before it have two copies
 
 
 class Node:
@@ -73,7 +76,9 @@ class World:
         self.formatted: set[str] = set()  # what the Router knows
         self.skew_us: dict[str, int] = {}
         self.cold_copies_needed = self.topology.cold_replicas
-        self.wiped_until = 0.0
+        self.counters: Counter[str] = Counter()  # of lives that have ended
+        self.losing = ""  # the storage node that lost its data and does not vote again yet
+        self.lost_at = -math.inf
         self.nodes = {name: Node(self, name) for name in self.topology.node_names()}
         for node in self.nodes.values():
             node.cold.on_remove = lambda: self.after_step(self.watch.all_links)
@@ -108,6 +113,7 @@ class World:
         if node.life is None:
             return
         self.trace.note(name, f"crashes ({what})" if what else "crashes")
+        self._count(node)
         self.end_life(node.life)
         node.life, node.service = None, None
         node.disk.crash_after = None
@@ -121,6 +127,11 @@ class World:
         life.dead = True
         life.held.clear()
         self._graves.append(life)
+
+    def _count(self, node: Node) -> None:
+        """Take over what a life has counted."""
+        if node.service is not None:
+            self.counters.update({f"{node.tier} {name}": n for name, n in node.service.counters.totals.items()})
 
     async def _bring_up(self, node: Node, life: Life) -> None:
         try:
@@ -139,13 +150,14 @@ class World:
         self.later(RESTART_S, again)
 
     async def _start_storage(self, node: Node, life: Life) -> None:
-        identity = open_sim_identity(node.disk, life, CLUSTER, may_format=node.name not in self.formatted)
+        may_format = node.name not in self.formatted
+        identity = open_sim_identity(node.disk, life, CLUSTER, may_format=may_format, may_learn=True)
         carrier = self.network.carrier(life)
         carrier.on_peer_batch = lambda peer, batch: self.watch.peer_batch(node.disk, peer, batch)
         engines: list[SimEngine] = []
 
-        def open_engine(_: Path, create: bool) -> SimEngine:
-            engines.append(SimEngine(node.disk, life, create=create))
+        def open_engine(path: Path, create: bool) -> SimEngine:
+            engines.append(SimEngine(node.disk, life, path, create=create))
             return engines[-1]
 
         service = _watched(storage_module.StorageService, self.watch, engines)(
@@ -163,6 +175,7 @@ class World:
             wall_us=lambda: self.wall_us(node.name),
             open_engine=open_engine,
             free_bytes=node.disk.free_bytes,
+            remove_engine=node.disk.remove_engine,
         )
         shape = self.plan.shape
         service._settings = replace(
@@ -263,19 +276,46 @@ class World:
             return None
         return service._replica, service._engine
 
-    def voter_disks(self, timeline: bytes) -> list[SimDisk]:
-        """Disks of the replicas that a timeline has."""
-        group = self.routing.storage_group_of(bucket_of(timeline))
-        return [self.nodes[name].disk for name in self.routing.storage_nodes(group)]
+    def voters(self, timeline: bytes) -> list[str]:
+        """Names of the replicas that a timeline has."""
+        return self.routing.storage_nodes(self.routing.storage_group_of(bucket_of(timeline)))
 
     def cold_folders(self, bucket: int) -> list[ColdFolder]:
         """Folders of the cold nodes that have a bucket's blocks."""
         group = self.routing.cold_group_of(bucket)
         return [self.nodes[self.topology.cold_node(group, r)].cold for r in range(self.topology.cold_replicas)]
 
-    def lately_wiped(self) -> bool:
-        """Whether a disk has lost data a short while ago."""
-        return self.loop.now < self.wiped_until
+    def may_lose(self) -> bool:
+        """Whether a storage node may lose its data: the replicas of a group bear one such loss at a time."""
+        for other, node in self.nodes.items():
+            if node.tier == "storage":
+                found = self.replica(other)
+                damaged = node.disk.engine.damaged or node.disk.engine.damaged_rows  # perhaps not yet noticed
+                if found is None or found[0].state != VOTING or damaged:
+                    return False
+        return self.loop.now > self.lost_at + LOSS_S
+
+    def life_is_noted(self, name: str) -> bool:
+        """Whether both peers of a storage node have its present life on their disks."""
+        found = self.replica(name)
+        if found is None:
+            return False
+        life = found[0].core.life
+        peers = [self.nodes[peer] for peer in self.routing.storage_nodes(self.nodes[name].group) if peer != name]
+        return all(noted_life(peer.disk.engine.synced, life[0]) == life for peer in peers)
+
+    def lost(self, name: str) -> None:
+        """A storage node has lost its data."""
+        self.lost_at = self.loop.now
+        self.losing = name
+
+    def lately_lost(self) -> bool:
+        """Whether a disk has lost data that an acknowledged write may have been counted on."""
+        return self.loop.now < self.lost_at + LOSS_S or self._votes_not(self.losing)
+
+    def _votes_not(self, name: str) -> bool:
+        found = self.replica(name) if name else None
+        return bool(name) and (found is None or found[0].state != VOTING)
 
     def unready(self) -> str:
         """What does not serve although it should, "" when all is well."""
@@ -304,7 +344,7 @@ class World:
                 assert found is not None, "it is ready"
                 replica, engine = found
                 for timeline, version in chosen.items():
-                    if self.routing.storage_group_of(bucket_of(timeline)) == node.group:
+                    if name in self.voters(timeline):
                         has = chosen_of(replica, engine, timeline)
                         if has != version:
                             return f"{name} has version {has} of {show_timeline(timeline)}, not {version}"
@@ -322,6 +362,8 @@ class World:
 
     def close(self) -> None:
         """End the run."""
+        for node in self.nodes.values():
+            self._count(node)
         self.loop.close()
 
 
@@ -352,7 +394,7 @@ def _topology(plan: Plan) -> Topology:
         namespace="simulation",
         epoch=1,
         buckets=BUCKETS,
-        storage_groups=1,
+        storage_groups=shape.groups,
         storage_replicas=3,
         cold_groups=1,
         cold_replicas=3,
