@@ -53,7 +53,7 @@ class Rejected(TimeTierError):
 
 
 class VersionConflict(Rejected):
-    """A conditional write met another version. `version`: the version that the timeline has now."""
+    """A conditional write met another version. `version`: one that the timeline has reached, maybe not its last."""
 
     version: int = -1
 

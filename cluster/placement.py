@@ -50,9 +50,12 @@ def place_nodes(
     Raises ConfigError when a zone that is needed has no machine, or two that can't be told apart, and when two
     replicas of a group would share a zone (unless `zones.allow_shared_zones`).
     """
-    places = {node: placed[node] for node in nodes if node in placed}
     for_caches = list(machines)
     for_data = [machine for machine in for_caches if machine.host or zones.host_label is None]
+    places = {node: placed[node] for node in nodes if node in placed}
+    for node, place in places.items():
+        if zones.host_label is not None and not place.host and _tier(node) != CACHE:
+            places[node] = NodePlace(place.zone, _only_host(node, place.zone, zones, for_data))
     for node in nodes:
         if node not in places and _tier(node) == CACHE:
             places[node] = NodePlace(_zone_of(node, zones, for_caches))
@@ -110,6 +113,17 @@ def _choose_host(
         return sum(_group(name) == _group(node) for name in same_tier), len(same_tier), host
 
     return min(sorted(set(hosts)), key=burden)
+
+
+def _only_host(node: str, zone: str, zones: ZonesConfig, machines: list[NodePlace]) -> str:
+    """The machine that a node has been on, when machines have had no names so far: the zone must have just one."""
+    hosts = {machine.host for machine in machines if machine.zone == zone}
+    if len(hosts) == 1:
+        return hosts.pop()
+    raise ConfigError(
+        f"zones.host_label = {zones.host_label}: {node} has its data on the one machine that zone {zone!r} had so far, "
+        f"and {len(hosts) or 'no'} Ray nodes there carry that label: start the cluster while just that machine does"
+    )
 
 
 def _check_apart(places: Mapping[str, NodePlace]) -> None:

@@ -30,10 +30,11 @@ from typing import Any
 import msgspec
 from timetier.cluster.carriers.base import Address
 from timetier.cluster.carriers.direct import DirectCarrier, DirectServer, host_id
-from timetier.cluster.client.store import AsyncStore
+from timetier.cluster.client.store import AsyncStore, AsyncTable
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
+from timetier.cluster.errors import TimeTierError
 from timetier.cluster.identity import has_identity, open_identity
 from timetier.cluster.keys import timeline_key
 from timetier.cluster.messages import AskVersions, Message, Status, StatusRequest, Versions, unpack_i64
@@ -48,7 +49,8 @@ TABLE = "t"
 DAY_US = 86_400_000_000
 LONG = "long"
 VALUE_BYTES = 200
-BATCH = 1_000
+BATCH = 250
+ATTEMPTS = 5
 QUESTION = 2_000
 
 
@@ -247,7 +249,7 @@ async def open_store(topology: Topology) -> AsyncIterator[AsyncStore]:
 
 
 async def fill(store: AsyncStore, owners: list[str], writes: int, first: int) -> float:
-    """Write `writes` items over the owners, a thousand a call, two calls at a time. Seconds that it took."""
+    """Write `writes` items over the owners, `BATCH` a call, two calls at a time. Seconds that it took."""
     table = store.table(TABLE)
     value = b"v" * VALUE_BYTES
     began_s = time.monotonic()
@@ -256,10 +258,21 @@ async def fill(store: AsyncStore, owners: list[str], writes: int, first: int) ->
 
     async def work() -> None:
         for batch in batches:
-            await table.put_many(batch)
+            await _put(table, batch)
 
     await asyncio.gather(work(), work())
     return time.monotonic() - began_s
+
+
+async def _put(table: AsyncTable, batch: list[tuple[str, int, bytes]]) -> None:
+    """Write a batch; again when its outcome is unknown, which changes no item. Raises when that does not help."""
+    for attempt in range(ATTEMPTS):
+        try:
+            await table.put_many(batch)
+            return
+        except TimeTierError:
+            if attempt == ATTEMPTS - 1:
+                raise
 
 
 async def make_long(store: AsyncStore, entries: int) -> None:

@@ -11,11 +11,13 @@ label `zone=NAME`. Whoever has network namespaces passes `addresses` and `wrap`,
 the head is never killed: Ray itself does not survive that.
 
 Processes are known by the session they are in and by the TMPDIR that only their zone has, so nothing else is ever
-ended. This module imports Ray nowhere at its top: Ray reads its settings once, see `RayZones.use`.
+ended. When this process is killed itself, a watcher ends them. This module imports Ray nowhere at its top: Ray reads
+its settings once, see `RayZones.use`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import secrets
@@ -82,11 +84,15 @@ class RayZones:
         self._health_check_s = health_check_s
         self._temp = Path(tempfile.mkdtemp(prefix="tz", dir="/tmp"))  # short: Ray's sockets lie in it
         self._leaders: dict[str, tuple[int, str]] = {}  # of each machine that was started: pid, when
+        self._watcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "token").write_text(secrets.token_hex(32))
+            self._watcher = subprocess.Popen(
+                [sys.executable, __file__, str(self._temp)], stdin=subprocess.PIPE, start_new_session=True
+            )
             self._start_head()
             for zone in self.zones:
                 self.start(zone)
@@ -105,6 +111,8 @@ class RayZones:
         for machine in [*self.zones, HEAD]:
             if machine in self._leaders:
                 self.kill(machine)
+        if self._watcher is not None:
+            self._watcher.communicate(timeout=_END_S)  # finds nothing left to end
         shutil.rmtree(self._temp, ignore_errors=True)  # only sockets and logs
 
     # ------------------------------------------------------------ zones
@@ -311,3 +319,28 @@ def _free_ports(count: int) -> list[int]:
     for each in held:
         each.close()
     return found
+
+
+def _watch(temp: Path) -> None:
+    """Wait until who started this is gone, then end every process whose TMPDIR lies in `temp`, and remove that."""
+    sys.stdin.buffer.read()
+    wanted = f"TMPDIR={temp}/".encode()
+    deadline = time.monotonic() + _END_S
+    while (found := _with_environment(wanted)) and time.monotonic() < deadline:
+        send(found, signal.SIGKILL)
+        wait_for(found, 1.0)
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+def _with_environment(start: bytes) -> dict[int, str]:
+    """Living processes that have a variable whose `NAME=value` begins like this: pid and when each was started."""
+    found: dict[int, str] = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or belongs to somebody else
+            if any(variable.startswith(start) for variable in path.read_bytes().split(b"\0")):
+                found[int(path.parent.name)] = started(int(path.parent.name))
+    return {pid: since for pid, since in found.items() if since and pid != os.getpid()}
+
+
+if __name__ == "__main__":
+    _watch(Path(sys.argv[1]))

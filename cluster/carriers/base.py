@@ -37,7 +37,11 @@ class Carrier(Protocol):
     """Moves frames. All methods are called on one event loop."""
 
     async def call(self, node: str, message: Message, timeout_s: float) -> Message:
-        """Answer of `node`, a `Failure` as it is. Raises CallError when none came within `timeout_s` seconds."""
+        """Answer of `node`, a `Failure` as it is. Raises CallError when none came within `timeout_s` seconds.
+
+        The frame reaches the node once at the most. Writes rely on that: were it to come again when W further entries
+        are there, the answer "stale" would look as if nothing had been applied.
+        """
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way, best effort, in order per node. False if it was dropped (no connection, full queue)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import deque
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,7 @@ CLOSE_TIMEOUT_S = 1.0  # time that a closing connection has to hand over what is
 LOG_LINES = 10  # of refusals and the like, at most, in each
 LOG_WINDOW_S = 10.0
 MAX_LINE_LENGTH = 400
+WRITE_BYTES = 1 << 20  # handed to the transport at a time: all that waits there is moved each time more is added
 # A TCP peer that takes nothing for so long is gone. After an outage, a new connection is open sooner than TCP, whose
 # pauses double, tries again on the old one.
 UNACKNOWLEDGED_TIMEOUT_MS = 3_000
@@ -65,7 +67,7 @@ class FrameConnection(asyncio.Protocol):
         self.handshake = handshake
         self.transport: asyncio.Transport
         self._log = log
-        self._corked: list[bytes] = []  # parts of the frames of this loop turn
+        self._corked: deque[bytes] = deque()  # parts of frames that wait for the end of this loop turn, or for the peer
         self._corked_bytes = 0
 
     # ------------------------------------------------------------ what a side adds
@@ -83,6 +85,7 @@ class FrameConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_BYTES)
         _notice_dead_peers(self.transport.get_extra_info("socket"))
         if isinstance(self.handshake, ServerHandshake):
             self.transport.write(self.handshake.greeting)
@@ -102,6 +105,9 @@ class FrameConnection(asyncio.Protocol):
                 self.transport.write(answer)
         except FrameError as error:
             self.drop(error.counter, str(error))
+
+    def resume_writing(self) -> None:
+        self._flush()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing = True
@@ -124,11 +130,21 @@ class FrameConnection(asyncio.Protocol):
         self._corked.append(payload)
         self._corked_bytes += HEADER.size + len(payload)
 
-    def _flush(self) -> None:
-        if self._corked and not self.closing:
-            self.transport.write(b"".join(self._corked))
-        self._corked.clear()
-        self._corked_bytes = 0
+    def _flush(self, *, everything: bool = False) -> None:
+        """Hand over what the transport has room for; it calls `resume_writing` when it has more."""
+        while self._corked and not self.closing:
+            if not everything and self.transport.get_write_buffer_size() > WRITE_BYTES:
+                return
+            parts: list[bytes] = []
+            size = 0
+            while self._corked and size < WRITE_BYTES:
+                parts.append(self._corked.popleft())
+                size += len(parts[-1])
+            self._corked_bytes -= size
+            self.transport.write(b"".join(parts))
+        if self.closing:
+            self._corked.clear()
+            self._corked_bytes = 0
 
     def drop(self, counter: str, reason: str) -> None:
         """End the connection at once, count it and log why."""
@@ -144,7 +160,7 @@ class FrameConnection(asyncio.Protocol):
         """End the connection after what is queued was sent, in CLOSE_TIMEOUT_S seconds at most."""
         if self.closing:
             return
-        self._flush()
+        self._flush(everything=True)
         self.end_reason = reason
         self.closing = True
         self.transport.close()

@@ -14,7 +14,7 @@ from ..errors import InvalidRequest, ProtocolError
 from ..gate import overloaded
 from ..messages import MAX_FRAME_BYTES, decode, encode, failure
 from .base import Address, Handler, answer_message
-from .connection import BoundedLog, FrameConnection, host_id
+from .connection import WRITE_BYTES, BoundedLog, FrameConnection, host_id
 from .framing import ONE_WAY, REPLY, REQUEST, FrameError
 from .handshake import NONCE_BYTES, ServerHandshake, check_secret
 
@@ -22,7 +22,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_STRANGERS = 128  # connections that have not shown the secret yet; the oldest makes room for one more
 MAX_REPLY_BYTES = 256 << 20  # replies that wait for peers that do not read, all of them together
 MAX_HANDLERS = 16_384  # requests that are being answered, of all connections together
-PAUSE_REPLY_BYTES = 1 << 20  # replies that wait before requests of that peer are left unread
+PAUSE_REPLY_BYTES = WRITE_BYTES  # replies that wait before requests of that peer are left unread
 MAX_UNIX_PATH_BYTES = 107  # limit of the system
 BACKLOG = 1024
 
@@ -195,7 +195,6 @@ class ServerConnection(FrameConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.transport.set_write_buffer_limits(high=PAUSE_REPLY_BYTES)
         self._deadline = self.loop.call_later(self._server.handshake_timeout_s, self._too_late)
         self.counters.add("connections")
         if self._server.stopping:  # accepted in the last moment
@@ -258,7 +257,9 @@ class ServerConnection(FrameConnection):
 
     def resume_writing(self) -> None:
         self._peer_reads = True
-        self._go_on()
+        super().resume_writing()  # which may have the transport full again
+        if self._peer_reads:
+            self._go_on()
 
     async def _answer(self, call_id: int, payload: bytes) -> None:
         try:

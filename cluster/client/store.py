@@ -198,7 +198,7 @@ class AsyncTable:
         """Write one item, over the one with the same timestamp and id if there is one. Returns the timeline's version.
 
         `if_version`: write only if this is the timeline's version (0: it is empty); else `VersionConflict`, whose
-        `version` is the present one.
+        `version` the timeline has reached (it may be at a later one: to read it is surer).
         """
         request = shapes.put_request(self._raw, self._buckets, (owner, timestamp, value, id), if_version)
         return await self._write_one(request)

@@ -5,8 +5,8 @@ nodes small questions aside from all requests (`probing.py`): then by an answer,
 request that waits in vain each time the node is still away.
 
 A node that goes up and down every second or two would be trusted and fail again and again. So what failed before is
-not forgotten at the first answer: each *relapse* makes the suspicion four times as long, and a node *on probation*
-gets less time to answer than others.
+not forgotten at the first answer. After a *relapse* the suspicion is four times as long, and ends only when the node has
+answered four times, a second apart. And a node *on probation* gets less time to answer than others.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 _RELAPSE_FACTOR = 4.0
+_ANSWERS_AFTER_RELAPSE = 4
 
 
 @dataclass(slots=True)
 class _Record:
-    """`length_s`: of the present suspicion, or of the last one. `ends_at`: then it is over, or is to be probed."""
+    """`length_s`: of the present suspicion, or of the last one. `ends_at`: then it is over, or is to be probed.
+
+    `needed`: answers that end it, and `missing` of them.
+    """
 
     length_s: float
     ends_at: float
+    needed: int = 1
+    missing: int = 1
     active: bool = True
     trusted_at: float = 0.0
 
@@ -74,19 +80,24 @@ class Suspects:
                 return
             record.length_s = min(max(2 * record.length_s, self._first_s), max(self._longest_s, record.length_s))
             record.ends_at = now + record.length_s
+            record.missing = record.needed
         else:
-            record.length_s = min(_RELAPSE_FACTOR * record.length_s, self._relapse_longest_s)
-            record.ends_at = now + record.length_s
-            record.active = True
+            length_s = min(_RELAPSE_FACTOR * record.length_s, self._relapse_longest_s)
+            needed = _ANSWERS_AFTER_RELAPSE
+            self._records[node] = _Record(length_s, now + length_s, needed, needed)
         self.on_suspect()
 
     def trust(self, node: str) -> None:
-        """The node answered."""
+        """The node answered. After a relapse that counts once a second."""
         record = self._records.get(node)
         if record is None:
             return
         now = self._now()
-        if record.active:
+        if record.active and record.missing > 1:
+            if now >= record.ends_at:
+                record.missing -= 1
+                record.ends_at = now + self._first_s
+        elif record.active:
             record.active = False
             record.trusted_at = now
         elif self._is_forgotten(record, now):

@@ -110,7 +110,7 @@ class BlockReader:
         self._counters.add("cold_reads")
         attempt.tried += 1
         if isinstance(reply, BlockBytes):
-            self._suspicion.trust(node)
+            self._suspicion.trust(node, self._clock())
             kept = self.kept(ref)  # by another script that shared the same read
             block = kept if kept is not None else self._decode(ref, reply.data)
             if block is not None:
@@ -119,7 +119,7 @@ class BlockReader:
             else:
                 attempt.damaged += 1
         elif isinstance(reply, Failure) and reply.kind == Corrupt.__name__:
-            self._suspicion.trust(node)
+            self._suspicion.trust(node, self._clock())
             if reply.fields.get("reason") == _MISSING:
                 attempt.missing += 1
             else:

@@ -159,9 +159,14 @@ class Reader:
                 unsettled.append(slot)
         if unsettled:
             self._go_on(unsettled, step)
-        for node, question in self.suspicion.due(self._clock()):
-            step.then.append(Job(self._probe(node, question), []))
+        if self.suspicion:
+            for node, question in self.suspicion.due(self._clock(), urgent=any(map(self._lacks_nodes, slots))):
+                step.then.append(Job(self._probe(node, question), []))
         return step
+
+    def _lacks_nodes(self, slot: Slot) -> bool:
+        """Whether too few replicas are trusted to make a majority."""
+        return sum(node not in self.suspicion for node in slot.order) <= len(slot.order) // 2
 
     def _timeout_s(self, slots: list[Slot]) -> float:
         rounds = max(slot.rounds for slot in slots)
@@ -186,7 +191,7 @@ class Reader:
                 slot.why = error.message
             self.counters.add("bad_answers")
             return
-        self.suspicion.trust(node)
+        self.suspicion.trust(node, self._clock())
 
     def _note_failure(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         if isinstance(reply, Failure) and reply.kind == "TooLarge":
@@ -213,7 +218,7 @@ class Reader:
         """See whether a suspected node is back."""
         (reply,) = yield [Call(node, question, self.settings.attempt_timeout_s)]
         if not isinstance(reply, CallFailed | Failure):
-            self.suspicion.trust(node)
+            self.suspicion.trust(node, self._clock())
         return Step()
 
     # ------------------------------------------------------------ when one round was not enough

@@ -4,8 +4,8 @@ A node that brought no answer is asked last. It stays suspected until it has ans
 of its own finds that out, so that no request waits for it.
 
 A node that goes up and down every second or two would be trusted and fail again and again. So what failed before is
-not forgotten at once: each *relapse* makes the pause before the next question four times as long, and a node *on
-probation* gets less time to answer than others.
+not forgotten at once. After a *relapse* the pause before the next question is four times as long, and the suspicion
+ends only when the node has answered four times, a second apart. And a node *on probation* gets less time to answer.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from ..messages import Message
 
 _RELAPSE_FACTOR = 4
+_ANSWERS_AFTER_RELAPSE = 4
+_URGENT_PAUSE_S = 0.1
 
 
 @dataclass(slots=True)
 class _Record:
-    """`pause_s`: before the next probe, or the last one. `probe_at`: when the next one is, or would have been."""
+    """`pause_s`: before the next probe, or the last one. `probe_at`: when the next one is, or would have been.
+
+    `probed_at`: when it was last asked anything. `needed`: answers that end the suspicion, and `missing` of them;
+    the next one counts from `counts_at` on.
+    """
 
     pause_s: float
     probe_at: float
     probe: Message
+    probed_at: float
+    needed: int = 1
+    missing: int = 1
+    counts_at: float = 0.0
     suspected: bool = True
 
 
@@ -47,6 +57,10 @@ class Suspicion:
         record = self._records.get(node)
         return record is not None and record.suspected
 
+    def __bool__(self) -> bool:
+        """Whether any node is suspected."""
+        return self._suspected > 0
+
     def names(self) -> list[str]:
         """Suspected nodes."""
         return sorted(node for node, record in self._records.items() if record.suspected)
@@ -55,22 +69,32 @@ class Suspicion:
         """Note that a node brought no answer. `probe`: a small question that it ought to answer."""
         record = self._records.get(node)
         if record is None:
-            self._records[node] = _Record(self._first_s, now + self._first_s, probe)
+            self._records[node] = _Record(self._first_s, now + self._first_s, probe, now)
         elif record.suspected:
+            record.missing = record.needed
             if now >= record.probe_at:
                 self._put_off(record, now)
             return
+        elif now < record.probe_at + self._probation_s:
+            pause_s = min(record.pause_s * _RELAPSE_FACTOR, self._relapse_longest_s)
+            needed = _ANSWERS_AFTER_RELAPSE
+            self._records[node] = _Record(pause_s, now + pause_s, probe, now, needed, needed, now + self._first_s)
         else:
-            relapsed = now < record.probe_at + self._probation_s
-            pause_s = min(record.pause_s * _RELAPSE_FACTOR, self._relapse_longest_s) if relapsed else self._first_s
-            self._records[node] = _Record(pause_s, now + pause_s, probe)
+            self._records[node] = _Record(self._first_s, now + self._first_s, probe, now)
         self._suspected += 1
 
-    def trust(self, node: str) -> None:
-        """Note that a node answered."""
-        if self._suspected and node in self:
-            self._records[node].suspected = False
-            self._suspected -= 1
+    def trust(self, node: str, now: float) -> None:
+        """Note that a node answered. After a relapse that counts once a second."""
+        if not self._suspected or node not in self:
+            return
+        record = self._records[node]
+        if record.missing > 1:
+            if now >= record.counts_at:
+                record.missing -= 1
+                record.counts_at = record.probe_at = now + self._first_s
+            return
+        record.suspected = False
+        self._suspected -= 1
 
     def timeout_s(self, node: str, now: float, usual_s: float, probation_s: float) -> float:
         """How long a node may take: `usual_s`, or `probation_s` if it failed a short while ago."""
@@ -79,16 +103,22 @@ class Suspicion:
             return usual_s
         return min(usual_s, probation_s)
 
-    def due(self, now: float) -> list[tuple[str, Message]]:
-        """Nodes that are to be probed, with the question; each is given out once per pause."""
+    def due(self, now: float, *, urgent: bool = False) -> list[tuple[str, Message]]:
+        """Nodes that are to be probed, with the question; each is given out once per pause.
+
+        `urgent`: one of them is needed, since too few others are left, and one may have come back long before its
+        pause is over: each of them is given out ten times a second then.
+        """
         if not self._suspected:
             return []
-        ready = [
-            (node, record) for node, record in self._records.items() if record.suspected and record.probe_at <= now
-        ]
-        for _, record in ready:
-            self._put_off(record, now)
-        return [(node, record.probe) for node, record in ready]
+        ready = []
+        for node, record in self._records.items():
+            if record.suspected and (record.probe_at <= now or (urgent and record.probed_at + _URGENT_PAUSE_S <= now)):
+                if record.probe_at <= now:
+                    self._put_off(record, now)
+                record.probed_at = now
+                ready.append((node, record.probe))
+        return ready
 
     def last(self, nodes: list[str]) -> list[str]:
         """The same nodes in the same order, but the suspected ones last."""

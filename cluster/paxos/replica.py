@@ -493,7 +493,9 @@ class Replica:
 
     def _batches(self, peer: int, messages: list[PeerMessage]) -> list[PeerBatch]:
         """Messages for one peer as frames of bounded size; normally one."""
-        _, incarnation, boot = self.core.lives.get(peer, (peer, 0, 0))
+        # A learner has lost the lives that it knew, so its word confirms no other's.
+        known = NO_LIFE if self.state == LEARNING else self.core.lives.get(peer, NO_LIFE)
+        _, incarnation, boot = known
         batches: list[list[PeerMessage]] = [[]]
         size = 0
         for message in messages:

@@ -13,6 +13,7 @@ from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
 
 BUCKETS_PER_ANSWER = 64
 ROWS_PER_ANSWER = 50_000  # rows looked at, so that one question never holds the replica for long
+MAX_ANSWER_BYTES = 16 << 20  # whatever is asked for; a timeline is never split
 
 
 class _Answer:
@@ -104,13 +105,14 @@ class Scans:
         """Add the bucket's eligible timelines from `cursor` on. Returns where to go on, b"" when it is done."""
         prefix = b"R" + bucket_prefix(bucket) + bytes((len(message.table),)) + message.table
         at = max(b"R" + cursor, prefix)
+        limit_bytes = min(message.limit_bytes, MAX_ANSWER_BYTES)
         end = prefix_end(prefix)
         while True:
             row = next(iter(self.core.engine.scan(at, end)), None)
             if row is None:
                 return b""
             key = row[0][1 : len(prefix) + 1 + row[0][len(prefix)]]
-            if answer.timelines and (answer.size >= message.limit_bytes or answer.seen >= ROWS_PER_ANSWER):
+            if answer.timelines and (answer.size >= limit_bytes or answer.seen >= ROWS_PER_ANSWER):
                 return key
             self._scan_timeline(answer, self.core.timeline(key), message)
             at = prefix_end(rows_prefix(key))

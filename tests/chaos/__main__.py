@@ -25,7 +25,7 @@ from .run import Options, run
 @click.option("--seconds", default=180.0, type=click.FloatRange(5, 86_400), show_default=True)
 @click.option("--seed", type=int, help="What the plan of faults is made from.  [default: by chance, and told]")
 @click.option("--only", multiple=True, metavar="FAULT", help="Only this kind of fault; may be given several times.")
-@click.option("--per-second", default=90.0, type=click.FloatRange(3, 10_000), show_default=True, help="Operations.")
+@click.option("--per-second", default=75.0, type=click.FloatRange(3, 10_000), show_default=True, help="Operations.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep histories, logs and data in this folder.")
 @click.option("--no-sink", is_flag=True, help="Run no sinks besides.")
 @click.option("--list", "as_list", is_flag=True, help="List the kinds of faults.")

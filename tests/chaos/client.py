@@ -22,7 +22,7 @@ from timetier import connect_async
 from ..simulation.history import Recorder, Refused
 from .workload import READ, TABLE, Timing, Workload
 
-AT_ONCE = 100  # operations under way; what would begin beyond that is counted instead
+AT_ONCE = 50  # operations under way; what would begin beyond that is counted instead
 _END_S = 20.0
 _READ_ALL_S = 60.0
 _PROGRESS_S = 1.0

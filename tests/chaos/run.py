@@ -41,7 +41,7 @@ class Options:
     seconds: float
     seed: int
     only: Sequence[str] = ()
-    per_second: float = 90.0
+    per_second: float = 75.0
     healthy_s: float = 5.0
     warm_up_s: float = 3.0
     folder: Path | None = None

@@ -170,7 +170,9 @@ class Workload:
             result = Done(version)
         except VersionConflict as error:
             self._saw(owner, error.version)
-            result = Conflict(error.version)  # a right answer
+            # A right answer. Its version is one that the timeline has reached, not always the present one: a replica
+            # that is behind can tell that a condition is older still. The one that was wanted makes no sense.
+            result = Conflict(error.version if error.version == arguments.if_version else None)
         except Exception as error:  # whatever it is: it is reported, and the run goes on
             outcome, result = type(error).__name__, _failed_write(error)
         self._recorder.returned(operation, result)

@@ -7,6 +7,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,26 @@ from memory_engine import MemoryEngine
 from replica_group import BUCKETS as GROUP_BUCKETS
 from replica_group import Group, key_of
 from storage_cluster import BUCKETS, StorageCluster, wait_for
+from timetier.cluster.cold import service as cold_service
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.errors import TooLarge, Unavailable
 from timetier.cluster.gate import REQUEST_BYTES, Gate
-from timetier.cluster.keys import item_key, priority, system_timeline, timeline_key
+from timetier.cluster.keys import item_key, priority, timeline_key
+from timetier.cluster.memory.service import CacheService
 from timetier.cluster.messages import (
     OK,
     PUT,
+    UNAVAILABLE,
     Accept,
     AskVersions,
     Check,
     Checked,
     Failure,
     Message,
+    Pages,
     Prepare,
+    ReadPages,
     Value,
     Versions,
     Write,
@@ -80,7 +86,8 @@ def refusals(answers: list[Message]) -> list[Failure]:
     found = [answer for answer in answers if isinstance(answer, Failure)]
     for refusal in found:
         assert refusal.kind == "Unavailable", refusal
-        assert refusal.fields["retry_after_s"] > 0
+        hint_s = refusal.fields["retry_after_s"]
+        assert isinstance(hint_s, float) and hint_s > 0
         assert refusal.fields["busy"]
     return found
 
@@ -165,7 +172,7 @@ def new_core(**settings: int) -> Core:
         life=(0, 1, 1),
         buckets=GROUP_BUCKETS,
         engine=MemoryEngine(),
-        settings=Settings(**settings),  # type: ignore[arg-type]
+        settings=Settings(**settings),
         rng=random.Random(1),
         wall_us=lambda: 1,
         counters=Counters(),
@@ -220,11 +227,6 @@ def test_request_ids_in_memory_are_bounded_and_a_retry_is_found_in_the_log() -> 
         assert again == (OK, 3), "applied once"
 
 
-def test_a_value_that_nobody_settles_stays_on_disk_and_not_in_memory() -> None:
-    core = new_core()
-    assert not hasattr(core.timeline(ALICE), "value")
-
-
 def test_an_answer_too_large_for_a_frame_is_refused_before_it_fills_memory(tmp_path: Path) -> None:
     async def body() -> None:
         async with StorageCluster(tmp_path) as cluster:
@@ -251,6 +253,59 @@ def test_an_answer_too_large_for_a_frame_is_refused_before_it_fills_memory(tmp_p
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
+def test_answers_of_a_cache_node_are_bounded_together_and_it_recovers(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            owners = [timeline_key(b"t", b"owner-%d" % number, BUCKETS) for number in range(12)]
+            for number, owner in enumerate(owners):
+                first = priority(owner, 3)[0]
+                items = [(item_key(at), bytes(200_000)) for at in range(10)]
+                assert (await cluster.put(first, owner, rid(number), items))[0] == OK
+            counters = Counters()
+            cache = CacheService(
+                "cache-0-0",
+                0,
+                cluster.topology,
+                cluster.network.carrier("cache-0-0"),
+                budget_bytes=0,
+                max_queued_bytes=5_000_000,
+                counters=counters,
+            )
+            await cache.start()
+            columns = owners, [b""] * len(owners), pack_u32([10] * len(owners)), 5000
+            answers = await asyncio.gather(*(cache.handle(ReadPages(1, *columns)) for _ in range(4)))
+            outcomes = [outcome for answer in answers if isinstance(answer, Pages) for outcome in answer.outcomes]
+            assert outcomes.count(OK) >= 2
+            assert outcomes.count(UNAVAILABLE) >= len(owners), "24 times 2 MB can't be held at once"
+            assert counters.totals["refused"] == outcomes.count(UNAVAILABLE)
+            for owner in owners:
+                page = await cache.handle(ReadPages(1, [owner], [b""], pack_u32([10]), 5000))
+                assert isinstance(page, Pages)
+                assert page.outcomes[0] == OK, "what was held is forgotten when it is sent"
+            await cache.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_pieces_that_wait_for_a_cold_disk_are_bounded_by_their_bytes() -> None:
+    async def body() -> None:
+        lane = cold_service._Lane(ThreadPoolExecutor(1), limit=64)
+        gate = threading.Event()
+        piece = 30 << 20
+        running = [asyncio.create_task(lane.run(gate.wait, piece)) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as refused:
+            await lane.run(gate.wait, piece)
+        assert refused.value.retry_after_s
+        gate.set()
+        await asyncio.gather(*running)
+        assert await lane.run(gate.wait, piece)
+        assert (lane.waiting, lane.nbytes) == (0, 0)
+        lane.pool.shutdown()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
 def test_chores_beyond_a_bound_wait_on_disk_and_are_all_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chores_module, "MAX_IN_MEMORY", 5)
     group = Group(2)
@@ -268,4 +323,3 @@ def test_chores_beyond_a_bound_wait_on_disk_and_are_all_done(monkeypatch: pytest
         steps += 1
         assert steps < 1_000
     assert not list(replica.core.engine.scan(b"C", b"D"))
-    assert system_timeline(0) not in owners

@@ -8,7 +8,7 @@ from timetier.cluster.keys import priority
 from timetier.cluster.messages import Check, Checked, pack_i64, pack_u32
 from timetier.cluster.paxos.catchup import TRANSFER_TAILS
 from timetier.cluster.paxos.core import Settings
-from timetier.cluster.paxos.rows import log_key
+from timetier.cluster.paxos.rows import log_key, prefix_end, rows_prefix
 
 ALICE = key_of("alice")
 FIRST, SECOND, THIRD = priority(ALICE, 3)
@@ -112,3 +112,51 @@ def test_a_receiver_that_goes_away_holds_the_log_up_only_so_long() -> None:
         longest = max(longest, busy.log_entries(FIRST))
     assert 4 * SETTINGS.log_keep_entries < longest <= (TRANSFER_TAILS + 2) * SETTINGS.log_keep_entries
     assert busy.log_entries(FIRST) <= 2 * SETTINGS.log_keep_entries + 1
+
+
+def damage(group: Group, number: int) -> None:
+    """Another value in each row of a replica, behind its back."""
+    engine = group.members[number].engine
+    prefix = rows_prefix(ALICE)
+    for name, row in list(engine.scan(prefix, prefix_end(prefix))):
+        engine.put(name, row[:-1] + bytes((row[-1] ^ 1,)))
+    engine.commit()
+
+
+def digest_of(group: Group, number: int, at: int) -> bytes | None:
+    replica = group.replica(number)
+    return replica.digests.of(replica.core.timeline(ALICE), at)[0]
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_large_timeline_is_mended_also_while_it_is_written(writing: bool) -> None:
+    busy = BusyGroup(5)
+    group = busy.group
+    busy.fill(2 * ITEMS)
+    group.run(1.0)
+    damage(group, THIRD)
+    assert digest_of(group, THIRD, 2 * ITEMS) != digest_of(group, FIRST, 2 * ITEMS)
+    mended = group.replica(THIRD)
+    mended.catch_up.mend(mended.core.timeline(ALICE), FIRST, group.now)
+    group.pump(THIRD)
+    installed = mended.core.counters.totals
+
+    def is_installed() -> bool:
+        return installed.get("states_installed", 0) == 1
+
+    if writing:
+        busy.run_busily_until(is_installed, limit_s=10.0)
+        assert group.replica(FIRST).core.timeline(ALICE).chosen > 2 * ITEMS + SETTINGS.log_keep_entries
+    else:
+        group.run_until(is_installed)
+    group.run(1.0)
+    version = group.replica(FIRST).core.timeline(ALICE).chosen
+    assert mended.core.timeline(ALICE).chosen == version
+    digests = [digest_of(group, number, version) for number in range(3)]
+    assert digests[0] is not None
+    assert digests[0] == digests[1] == digests[2]
+    assert busy.rows_of(THIRD) == busy.rows_of(FIRST)
+    group.crash(THIRD)
+    group.start(THIRD)
+    group.run_until(lambda: group.votes(THIRD))
+    assert busy.rows_of(THIRD) == busy.rows_of(FIRST)

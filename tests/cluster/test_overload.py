@@ -162,9 +162,10 @@ class Storm:
             return None
         if isinstance(answer, Failure):
             assert answer.kind == "Unavailable", answer
-            assert answer.fields.get("retry_after_s", 0) > 0, answer
+            hint_s = answer.fields.get("retry_after_s")
+            assert isinstance(hint_s, float) and hint_s > 0, answer
             self.outcomes["refused"] += 1
-            await asyncio.sleep(answer.fields["retry_after_s"])
+            await asyncio.sleep(hint_s)
             return None
         return answer
 

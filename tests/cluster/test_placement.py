@@ -109,6 +109,18 @@ def test_a_machine_without_a_name_that_stays_holds_caches_but_no_data() -> None:
         place_nodes(zones, node_names(1), [named[0], NodePlace("b"), named[2]], {})
 
 
+def test_a_node_is_bound_to_its_machine_when_machines_get_names() -> None:
+    before = place_nodes(zones_of(ABC), node_names(1), one_machine_each(ABC), {})
+    zones = zones_of(ABC, host_label="host")
+    named = [NodePlace(zone, f"{zone}1") for zone in ABC]
+    after = place_nodes(zones, node_names(1), named, before)
+    assert after["storage-0-1"] == after["cold-0-1"] == NodePlace("b", "b1")
+    assert after["cache-0-0"] == before["cache-0-0"]
+    for machines, count in ([*named, NodePlace("b", "b2")], "2"), ([named[0], NodePlace("b"), named[2]], "no"):
+        with pytest.raises(ConfigError, match=f"storage-0-1 has its data.* and {count} Ray nodes there carry"):
+            place_nodes(zones, node_names(1), machines, before)
+
+
 def test_zones_are_shared_only_when_that_is_allowed() -> None:
     allowed = zones_of(ABC, allow_shared_zones=True)
     places = place_nodes(allowed, node_names(1), one_machine_each(["a", "b"]), {})

@@ -260,7 +260,7 @@ def test_on_a_nearly_full_disk_writes_are_refused_reads_go_on_and_writes_come_ba
                 await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
             assert await items_of(cluster, FIRST) == {item_key(1): b"x"}
             await wait_for(lambda: len(cluster.services[SECOND]._disk._full_peers) == 2, "the third to be told")
-            with pytest.raises(AssertionError, match="disks of replicas .* are full"):
+            with pytest.raises(AssertionError, match=r"disks of replicas .* are full"):
                 await cluster.put(SECOND, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
             for number, reserve in reserves.items():
                 cluster.services[number]._disk.reserve_bytes = reserve

@@ -223,3 +223,15 @@ def test_a_reader_forgets_failures_of_long_ago(failures: int) -> None:
     found.suspect(NODE, now, Ping())
     assert found.due(now + 0.9) == []
     assert [node for node, _ in found.due(now + 1.0)] == [NODE]
+
+
+def test_when_too_few_nodes_are_trusted_the_others_are_asked_at_once_and_again_soon() -> None:
+    found = Suspicion(first_s=8.0, longest_s=8.0)
+    found.suspect(NODE, 100.0, Ping())
+    assert found.due(100.2) == []
+    assert [node for node, _ in found.due(100.2, urgent=True)] == [NODE]
+    assert found.due(100.25, urgent=True) == [], "not with every request"
+    assert [node for node, _ in found.due(100.35, urgent=True)] == [NODE]
+    found.trust(NODE)
+    assert not found
+    assert found.due(200.0, urgent=True) == []

@@ -69,6 +69,24 @@ def sinks(seed: int) -> Plan:
     return Plan(seed, shape, operations, faults)
 
 
+def crowds(seed: int) -> Plan:
+    """Many clients at one timeline at the same moments, over slow links and slow disks; nothing crashes."""
+    random = stream(seed, "crowds")
+    shape = replace(_small(seed, random), clients=10, timeout_s=4.0, attempt_timeout_s=0.5)
+    shape = replace(shape, cache_bytes=random.choice([0, 1 << 20]), chore_rows=1)
+    kinds = {"put": 6, "put_many": 3, "put_if": 8, "wipe": 2, "get": 6, "page": 12}
+    operations = _operations(random, shape, 100, kinds)
+    operations = [replace(one, limit=5 if one.kind == "page" else 0, at_s=round(one.at_s, 1)) for one in operations]
+    nodes = [*shape.storage_nodes(), "cache-0-0"]
+    faults = []
+    for number in range(24):
+        node, other = random.sample(nodes, 2)
+        kind = random.choice(["slow link", "slow link", "slow disk"])
+        amount = random.choice([0.02, 0.1])
+        faults.append(Fault(number, random.uniform(0, shape.duration_s), kind, node, other, 0.3, amount))
+    return Plan(seed, shape, operations, faults)
+
+
 def losses(seed: int) -> Plan:
     """Replicas that lose their data, or come back with an old folder, in the middle of duels."""
     random = stream(seed, "losses")
@@ -122,6 +140,7 @@ PLANS: dict[str, Planner] = {
     "everything": make_plan,
     "duels": duels,
     "restarts": restarts,
+    "crowds": crowds,
     "transfers": transfers,
     "sinks": sinks,
     "losses": losses,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,6 +12,8 @@ from .plan import make_plan
 from .runner import Outcome, run_plan
 
 Patch = Callable[[], None]
+
+HANG_S = 300  # of one run; a healthy one takes less than a second
 
 _CHUNK = 4
 
@@ -28,7 +31,7 @@ def run_seeds(
         if patch is not None:
             patch()
         for seed in in_time:
-            yield run_plan(make_plan(seed, operations))
+            yield _one(seed, operations)
         return
     context = multiprocessing.get_context("fork")
     with context.Pool(jobs, _begin, (patch, operations, ends)) as pool:
@@ -59,4 +62,23 @@ def _begin(patch: Patch | None, operations: int, ends: float | None) -> None:
 def _run(seed: int) -> Outcome | None:
     if _ends is not None and time.monotonic() >= _ends:
         return None
-    return run_plan(make_plan(seed, _operations))
+    return _one(seed, _operations)
+
+
+class Hangs(BaseException):
+    """A run does not end: one of the processes computes for ever."""
+
+
+def _one(seed: int, operations: int) -> Outcome:
+    """One run, which is broken off when a step of it does not end; the loop takes that down as an error."""
+
+    def stop(*_: object) -> None:
+        raise Hangs(f"a run takes more than {HANG_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(HANG_S)
+    try:
+        return run_plan(make_plan(seed, operations))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,7 +2,8 @@
 
 Frames are delayed, dropped, doubled and overtaken; links may be cut in one or both directions, or slow. A frame that
 was sent by a life that has died meanwhile still arrives, and one sent to it reaches whoever has its name by then:
-worse than any real carrier, so whatever holds here holds there.
+worse than any real carrier, so whatever holds here holds there. Only what every carrier promises is kept: the frame
+of a call comes at most once.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ class SimNetwork:
 
     def deliver(self, exchange: Exchange) -> None:
         """Take a frame to its target."""
-        for delay_s in self._delays(exchange.source, exchange.target, "sends", exchange.frame):
+        delays_s = self._delays(exchange.source, exchange.target, "sends", exchange.frame)
+        if exchange.answer is not None:
+            del delays_s[1:]
+        for delay_s in delays_s:
             self._loop.call_later(delay_s, self._arrive, exchange, context=WORLD)
 
     def _delays(self, source: str, target: str, what: str, frame: bytes) -> list[float]:

@@ -247,6 +247,7 @@ BUGS = [
         "conditional write shares an entry",
         "a conditional write is alone in its entry",
         ("paxos.proposer:Proposer._form", "alone = waiter.if_version >= 0", "alone = False"),
+        plans="crowds",
     ),
     _bug(
         "condition not checked",
@@ -283,7 +284,7 @@ BUGS = [
         "a read is answered by what was asked after it came",
         Swap("memory.lanes:ReadLane.put", _share_late),
         Swap("memory.service:CacheService._done", _answer_followers),
-        plans="duels",
+        plans="crowds",
     ),
     _bug(
         "delta skips an entry",
@@ -302,8 +303,8 @@ BUGS = [
     ),
     _bug(
         "wiped rows shown again",
-        "delete_timeline masks at once",
-        ("paxos.reads:Reads._range", "if version <= timeline.wiped:", "if False:"),
+        "delete_timeline hides all that came before it",
+        ("paxos.acceptor:Acceptor.choose", "timeline.wiped = timeline.chosen - 1", "pass"),
     ),
     _bug(
         "page skips items at the border of the tiers",
@@ -336,8 +337,12 @@ BUGS = [
     ),
     _bug(
         "evicted before the link is chosen",
-        "a replica evicts what a chosen link covers",
-        ("paxos.chores:Chores._chore", "if timeline.chosen < entry:", "if False:"),
+        "a replica applies a link, and evicts what it covers, when it is chosen",
+        (
+            "paxos.acceptor:Acceptor.on_accept",
+            "self.accept(timeline, ballot, message.value)",
+            "self.accept(timeline, ballot, message.value)\n        is_system(timeline.key) and self.choose(timeline)",
+        ),
         plans="sinks",
     ),
     _bug(
@@ -352,8 +357,9 @@ BUGS = [
     ),
     _bug(
         "weak snapshot sunk",
-        "a timeline is sunk as of a version that nothing acknowledged exceeds",
+        "a timeline is sunk as of a version that no acknowledged write and no link exceeds",
         ("cold.sink_script:_Run._scan_page", "if timeline.version >= floors[timeline.key]]", "]"),
+        ("cold.sinking:split_stale", "if timeline.version >= version else stale", "if True else stale"),
         plans="sinks",
     ),
     _bug(

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from timetier.cluster.carriers.base import Carrier
 from timetier.cluster.cold import sink_script
 from timetier.cluster.cold.sink_calls import SinkSettings
 from timetier.cluster.cold.sinking import chosen_cut_offs
 from timetier.cluster.drive import drive
 from timetier.cluster.errors import OutcomeUnknown, TimeTierError, Unavailable, VersionConflict, WriteManyError
-from timetier.cluster.keys import decode_token, item_key, split_item_key, timeline_key
-from timetier.cluster.messages import DELETE, PUT, WIPE
+from timetier.cluster.keys import decode_token, is_system, item_key, split_item_key, timeline_key
+from timetier.cluster.messages import DELETE, PUT, WIPE, Settle, pack_i64
 
 from .history import (
     Arguments,
@@ -118,7 +119,9 @@ class Workload:
         session = Session(self._world, self.history, "auditor")
 
         async def look() -> bool:
-            session.open(self._world.connect(life, random))
+            store = self._world.connect(life, random)
+            session.open(store)
+            await self._settle_links(store.carrier)
             for number, owner in enumerate(owners):
                 key, value = (0, b"audit"), f"audit.{number}".encode()
                 await session.do(Planned(-1, 0, 0, "put", (owner,), (key,), (value,)))
@@ -127,6 +130,14 @@ class Workload:
             return not session.refused
 
         return self._world.loop.spawn(life, look())
+
+    async def _settle_links(self, carrier: Carrier) -> None:
+        """Find out about the last entries of the system timelines: if nobody remembers that one is chosen, only the
+        next run of the sink would."""
+        for timeline, history in sorted(self._world.watch.truth.timelines.items()):
+            if is_system(timeline):
+                last = max(history.entries, default=0)
+                await carrier.call(self._world.voters(timeline)[0], Settle([timeline], pack_i64([last]), 2_000), 5.0)
 
     # ------------------------------------------------------------ the sink
 
