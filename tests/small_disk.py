@@ -21,6 +21,7 @@ from timetier.cluster.storage.engine import DurableEngine, EngineFailed, RocksEn
 
 BALLAST = "ballast"
 NO_SPACE = "No space left on device"
+ENGINE_NEEDS_BYTES = 128 << 10  # with less an engine that has a log to recover can't be opened
 
 
 class SmallDisk:
@@ -76,7 +77,7 @@ class LimitedEngine(RocksEngine):
         return super().commit()
 
     def _require_room(self) -> None:
-        if not self.disk.free():
+        if self.disk.free() < ENGINE_NEEDS_BYTES:
             raise EngineFailed(f"the engine refused a write: {NO_SPACE}")
 
 

@@ -21,6 +21,8 @@ from .handshake import NONCE_BYTES, ServerHandshake, check_secret
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_STRANGERS = 128  # connections that have not shown the secret yet; the oldest makes room for one more
 MAX_REPLY_BYTES = 256 << 20  # replies that wait for peers that do not read, all of them together
+SMALL_REPLY_BYTES = 4 << 10  # replies up to this are kept for a peer that does not read, others are not
+UNREAD_TIMEOUT_S = 10.0  # a peer that reads less than PAUSE_REPLY_BYTES for so long is cut off
 MAX_HANDLERS = 16_384  # requests that are being answered, of all connections together
 PAUSE_REPLY_BYTES = WRITE_BYTES  # replies that wait before requests of that peer are left unread
 MAX_UNIX_PATH_BYTES = 107  # limit of the system
@@ -40,7 +42,7 @@ class DirectServer:
     `max_connections`: peers that know the secret. `max_in_flight`: requests of one connection that are being
     answered; further ones stay unread. `max_handlers`: the same of all connections together; further ones are
     refused with `Unavailable`. `max_reply_bytes`: replies that wait to be read; beyond it a peer that leaves more than
-    1 MiB of them is cut off. `tls`: for TCP only.
+    1 MiB of them gets a refusal in the place of a large one, and is cut off after 10 s. `tls`: for TCP only.
 
     Counters: connections, refused_handshakes, malformed_frames, oversized_frames, dropped_frames, calls,
     one_way_frames, overload_refusals; gauge open_connections.
@@ -192,10 +194,11 @@ class ServerConnection(FrameConnection):
         self._reading = True
         self._peer_reads = True
         self._deadline: asyncio.TimerHandle
+        self._unread: asyncio.TimerHandle  # while the peer does not read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(self._server.handshake_timeout_s, self._too_late)
+        self._deadline = self._unread = self.loop.call_later(self._server.handshake_timeout_s, self._too_late)
         self.counters.add("connections")
         if self._server.stopping:  # accepted in the last moment
             self.close("the server stops")
@@ -222,6 +225,7 @@ class ServerConnection(FrameConnection):
 
     def lost(self, reason: str) -> None:
         self._deadline.cancel()
+        self._unread.cancel()
         self._server.strangers.pop(self, None)
         self._server.members.discard(self)
         self._count_open()
@@ -253,10 +257,14 @@ class ServerConnection(FrameConnection):
 
     def pause_writing(self) -> None:
         self._peer_reads = False
+        self._unread = self.loop.call_later(
+            UNREAD_TIMEOUT_S, self.drop, "dropped_frames", f"the peer read nothing for {UNREAD_TIMEOUT_S} s"
+        )
         self._read(False)
 
     def resume_writing(self) -> None:
         self._peer_reads = True
+        self._unread.cancel()
         super().resume_writing()  # which may have the transport full again
         if self._peer_reads:
             self._go_on()
@@ -284,9 +292,12 @@ class ServerConnection(FrameConnection):
     def _reply(self, call_id: int, reply: bytes) -> None:
         if self.closing:
             self.counters.add("dropped_frames")
-        elif self.queued_bytes() > PAUSE_REPLY_BYTES and self._server.reply_bytes() > self._server.max_reply_bytes:
-            self.drop("dropped_frames", f"the peer leaves {self.queued_bytes()} bytes of replies unread")
         else:
+            unread = self.queued_bytes()
+            large = len(reply) > SMALL_REPLY_BYTES and unread > PAUSE_REPLY_BYTES
+            if large and self._server.reply_bytes() > self._server.max_reply_bytes:
+                self.counters.add("overload_refusals")
+                reply = encode(failure(overloaded(f"{unread} bytes of replies wait for you to read them")))
             self.write_frame(call_id, REPLY, reply)
 
     def _go_on(self) -> None:

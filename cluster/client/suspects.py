@@ -5,8 +5,8 @@ nodes small questions aside from all requests (`probing.py`): then by an answer,
 request that waits in vain each time the node is still away.
 
 A node that goes up and down every second or two would be trusted and fail again and again. So what failed before is
-not forgotten at the first answer. After a *relapse* the suspicion is four times as long, and ends only when the node has
-answered four times, a second apart. And a node *on probation* gets less time to answer than others.
+not forgotten at the first answer. After a *relapse* the suspicion is four times as long, and ends only when the node
+has answered four times, a second apart. And a node *on probation* gets less time to answer than others.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class Suspects:
         if record is None:
             return
         now = self._now()
-        if record.active and record.missing > 1:
-            if now >= record.ends_at:
-                record.missing -= 1
-                record.ends_at = now + self._first_s
-        elif record.active:
-            record.active = False
+        if record.active:
+            if record.needed > 1 and now < record.ends_at:
+                return
+            record.missing -= 1
+            record.ends_at = now + self._first_s
+            record.active = record.missing > 0
             record.trusted_at = now
         elif self._is_forgotten(record, now):
             del self._records[node]

@@ -160,8 +160,9 @@ class Reader:
         if unsettled:
             self._go_on(unsettled, step)
         if self.suspicion:
-            for node, question in self.suspicion.due(self._clock(), urgent=any(map(self._lacks_nodes, slots))):
-                step.then.append(Job(self._probe(node, question), []))
+            urgent = any(map(self._lacks_nodes, slots))
+            for node, question in self.suspicion.due(self._clock(), urgent=urgent):
+                step.then.append(Job(self._probe(node, question, urgent=urgent), []))
         return step
 
     def _lacks_nodes(self, slot: Slot) -> bool:
@@ -191,7 +192,8 @@ class Reader:
                 slot.why = error.message
             self.counters.add("bad_answers")
             return
-        self.suspicion.trust(node, self._clock())
+        if node in self.suspicion:
+            self.suspicion.trust(node, self._clock(), at_once=any(map(self._lacks_nodes, slots)))
 
     def _note_failure(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         if isinstance(reply, Failure) and reply.kind == "TooLarge":
@@ -214,11 +216,11 @@ class Reader:
         if not (isinstance(reply, Failure) and reply.fields.get("busy")):  # who refuses for overload is alive
             self.suspicion.suspect(node, self._clock(), AskVersions([slots[0].timeline]))
 
-    def _probe(self, node: str, question: Message) -> ReadScript:
-        """See whether a suspected node is back."""
+    def _probe(self, node: str, question: Message, *, urgent: bool) -> ReadScript:
+        """See whether a suspected node is back. `urgent`: it is needed."""
         (reply,) = yield [Call(node, question, self.settings.attempt_timeout_s)]
         if not isinstance(reply, CallFailed | Failure):
-            self.suspicion.trust(node, self._clock())
+            self.suspicion.trust(node, self._clock(), at_once=urgent)
         return Step()
 
     # ------------------------------------------------------------ when one round was not enough

@@ -83,16 +83,18 @@ class Suspicion:
             self._records[node] = _Record(self._first_s, now + self._first_s, probe, now)
         self._suspected += 1
 
-    def trust(self, node: str, now: float) -> None:
-        """Note that a node answered. After a relapse that counts once a second."""
+    def trust(self, node: str, now: float, *, at_once: bool = False) -> None:
+        """Note that a node answered. After a relapse that counts once a second, unless it is needed `at_once`."""
         if not self._suspected or node not in self:
             return
         record = self._records[node]
-        if record.missing > 1:
-            if now >= record.counts_at:
-                record.missing -= 1
+        if record.needed > 1 and not at_once:
+            if now < record.counts_at:
+                return
+            record.missing -= 1
+            if record.missing:
                 record.counts_at = record.probe_at = now + self._first_s
-            return
+                return
         record.suspected = False
         self._suspected -= 1
 

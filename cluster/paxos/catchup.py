@@ -132,7 +132,7 @@ class CatchUp:
 
     def mend(self, timeline: Timeline, peer: int, now: float) -> None:
         """Replace what this replica has of a timeline by what a peer has, also at the same version."""
-        if timeline.mending and now < timeline.asked_until:
+        if timeline.mending and timeline.incoming is not None and now < timeline.incoming.due:
             return  # it is on its way
         timeline.mending = True
         timeline.asked_until = now + self.core.settings.fetch_timeout_s
@@ -156,7 +156,7 @@ class CatchUp:
         """Gather the pieces; install them when complete."""
         timeline.asked_until = 0.0
         incoming = timeline.incoming
-        if message.version < max(timeline.chosen + (not timeline.mending), 1):
+        if message.version < 1 or not self._is_wanted(timeline, message.version):
             self._forget(timeline)
             self._release(timeline, now)
             return
@@ -181,8 +181,9 @@ class CatchUp:
         incoming.needs_system = max(incoming.needs_system, message.needs_system)
         if message.next:
             incoming.expected = message.next
-            timeline.asked_until = now + self.core.settings.fetch_timeout_s
-            self.core.send(sender, Fetch(timeline.key, timeline.chosen + 1, message.next, message.version))
+            incoming.due = timeline.asked_until = now + self.core.settings.fetch_timeout_s
+            first = 0 if timeline.mending else timeline.chosen + 1  # what is mended need not be behind
+            self.core.send(sender, Fetch(timeline.key, first, message.next, message.version))
             return
         incoming.complete = True
         incoming.ballot, incoming.origin, incoming.wiped = message.ballot, message.origin, message.wiped
@@ -204,15 +205,20 @@ class CatchUp:
             self.acceptor.fetch(timeline, sender, now)  # the sender has gone on while it sent the pieces
         self._release(timeline, now)
 
+    @staticmethod
+    def _is_wanted(timeline: Timeline, version: int) -> bool:
+        """Whether a state as of `version` is of use: it is ahead, or replaces what is there up to that version."""
+        return timeline.mending or version > timeline.chosen
+
     def _install(self, timeline: Timeline, incoming: Incoming) -> None:
-        """Replace everything that is known of the timeline, in one write; but for what is promised and accepted after
-        the state's version, when that is the present one already."""
-        assert incoming.version >= timeline.chosen + (not timeline.mending), "a state never takes a timeline back"
+        """Replace everything that is known of the timeline up to the state's version, in one write. What is mended may
+        have gone on meanwhile: what came after that version stays, and what is promised and accepted too."""
+        assert self._is_wanted(timeline, incoming.version), "a state never takes a timeline back"
         engine, key = self.core.engine, timeline.key
         if not is_system(key):
             # In the same write: what these rows leave out is found through links only, also after a crash.
             self.core.mark(self.core.timeline(system_timeline(bucket_of(key))))
-        stays = incoming.version == timeline.chosen
+        stays = incoming.version <= timeline.chosen
         open_entry = incoming.version + 1 if stays else MAX_ENTRY
         prefix = rows_prefix(key)
         rows = engine.scan(prefix, prefix_end(prefix))
@@ -222,8 +228,9 @@ class CatchUp:
             engine.delete(name)
         for name, row in incoming.rows:
             engine.put(prefix + name, row)
-        ids = dict(incoming.request_ids)
-        ids.setdefault(incoming.version, [])
+        ids = {incoming.version: [], **dict(incoming.request_ids)}
+        if stays and timeline.log_low > incoming.version + 1:
+            ids = {}  # the own log begins later: it would have a gap
         for entry, request_ids in ids.items():
             last = entry == incoming.version
             ballot = incoming.ballot if last else NO_BALLOT
@@ -232,12 +239,13 @@ class CatchUp:
             for version in sorted({version_of(name) for name, _ in incoming.rows}):
                 engine.put(chore_key(key, version), b"")
                 self.core.chores_due.append((key, version))
-        timeline.chosen = timeline.floor = incoming.version
-        timeline.log_low = min(ids)
-        timeline.log_mark, timeline.log_bytes = incoming.version + 1, 0
-        timeline.wiped = incoming.wiped
-        timeline.ballot, timeline.origin = incoming.ballot, incoming.origin
+        timeline.log_low = min(ids, default=timeline.log_low)
+        timeline.floor = max(timeline.floor, incoming.version)
+        timeline.wiped = max(timeline.wiped, incoming.wiped)
         if not stays:
+            timeline.chosen = incoming.version
+            timeline.log_mark, timeline.log_bytes = incoming.version + 1, 0
+            timeline.ballot, timeline.origin = incoming.ballot, incoming.origin
             timeline.promised = timeline.accepted = NO_BALLOT
             timeline.record = None
             timeline.learned = False
@@ -256,7 +264,7 @@ class CatchUp:
             incoming = timeline.incoming
             if incoming is None or not incoming.complete:
                 self._waiting[bucket_of(key)].discard(key)
-            elif incoming.version < timeline.chosen + (not timeline.mending):
+            elif not self._is_wanted(timeline, incoming.version):
                 # Meanwhile it has caught up by the log: what it promised and accepted since then must stay.
                 self._waiting[bucket_of(key)].discard(key)
                 self._forget(timeline)

@@ -131,11 +131,12 @@ class Proposal:
 class Incoming:
     """A state transfer in progress: pieces of a timeline's state, installed together when complete.
 
-    `expected`: the cursor of the piece that comes next; any other would leave a gap.
+    `expected`: the cursor of the piece that comes next; any other would leave a gap. `due`: when it should be there.
     """
 
     version: int
     expected: bytes = b""
+    due: float = 0.0
     rows: list[tuple[bytes, bytes]] = field(default_factory=list)
     size: int = 0
     needs_system: int = 0

@@ -135,9 +135,15 @@ class Rejoin:
             failures = 0
             self.progress.verified += len(answer.timelines)
             question = AskDigests(answer.next_bucket, answer.next_cursor)
+            asked_before = False
             while again := self._compare(peer, answer):
                 yield Sleep(POLL_S)
-                found = yield from self._ask(peer, AskDigests(0, b"", again, pack_i64([-1] * len(again))))
+                # As of the version that was told, where this replica is by then: of a timeline that is written all the
+                # time the present one is always ahead. Every other time of the present one, should that be gone.
+                asked_before = not asked_before
+                told = dict(zip(answer.timelines, unpack_i64(answer.versions), strict=True))
+                at = [told[key] if asked_before else -1 for key in again]
+                found = yield from self._ask(peer, AskDigests(0, b"", again, pack_i64(at)))
                 if isinstance(found, Digests):
                     answer = found
                 else:

@@ -163,6 +163,7 @@ class StorageService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._caught_up: dict[str, Any] = {"rounds": 0, "behind": 0}
         self._rejoin_progress: Progress | None = None
+        self._begins_incarnation = False
 
     # ------------------------------------------------------------ Service
 
@@ -392,10 +393,11 @@ class StorageService:
 
     def _lose(self, reason: str) -> None:
         """What this node holds counts no more: come back as a learner."""
-        if self._rejoin_progress is None:
+        if not self._begins_incarnation:  # a learner too may lose what it has, or find that its folder is an old one
             logger.error("%s has lost its data and copies it from its peers: %s", self.name, reason)
             self.counters.add("rejoins")
             engine = self._end_life(reason)
+            self._begins_incarnation = True
             self._rejoin_progress = Progress(reason=reason)
             self._keep(self._begin_incarnation(self._rejoin_progress, engine))
 
@@ -410,6 +412,7 @@ class StorageService:
                     await asyncio.to_thread(self._remove_engine, self._folder_of(seen + 1))
                     await asyncio.to_thread(self._identity.begin_incarnation, seen + 1)
                     self._open()
+                    self._begins_incarnation = False
                     self._plan_pump()
                     return
             except Exception as error:

@@ -26,6 +26,7 @@ from .zoned import ZonedSystem
 
 HEALTHY_SHARE = 0.08  # of a run, before the first fault: what the faults are compared with
 _TELL_S = 5.0
+_WATCHER_S = 10.0
 _SHOWN = 20  # violations in the report
 _WAIT = threading.Event()  # never set: its `wait` lets time pass
 
@@ -132,11 +133,12 @@ class _Run:
         started_at = time.monotonic()
         tasks = [self._task(f"c{number}", started_at) for number in range(options.clients)]
         clients = Clients(tasks, system.environment)
-        teller = threading.Thread(target=self._tell_progress, args=(clients,), daemon=True)
-        teller.start()
-        sampler = threading.Thread(target=self._sample_figures, daemon=True)
-        sampler.start()
-        trouble = ""
+        watchers = [
+            threading.Thread(target=self._tell_progress, args=(clients,), daemon=True),
+            threading.Thread(target=self._sample_figures, daemon=True),
+        ]
+        for watcher in watchers:
+            watcher.start()
         try:
             trouble = self._work(faults, started_at)
             self._ended.set()
@@ -145,6 +147,8 @@ class _Run:
         finally:
             self._ended.set()
             clients.kill()
+            for watcher in watchers:
+                watcher.join(_WATCHER_S)
         seconds = time.monotonic() - started_at
         for sink in self._sinks:
             sink.join(HEAL_S)
@@ -182,21 +186,21 @@ class _Run:
         faults = Faults(self._system, self._start_sink, tell)
         self._rest(options.warm_up_s, "warming up")
         self._rest(max(options.healthy_s, HEALTHY_SHARE * options.seconds), "healthy")
-        for number, fault in enumerate(plans):
-            if time.monotonic() + fault.hold_s > ends:
+        for fault in plans:
+            if time.monotonic() >= ends:
                 break
-            if options.sinks and number % 4 == 1:
+            if time.monotonic() + fault.hold_s > ends:
+                continue  # a shorter one may fit
+            if options.sinks and len(self._windows) % 4 == 1:
                 self._start_sink()
             self._now = fault.describe()
             tell(f"fault: {self._now}")
-            window = faults.inflict(fault)
-            self._now = f"healing from {window.kind}"
             try:
+                window = faults.inflict(fault)
+                self._now = f"healing from {window.kind}"
                 faults.heal(window)
-            except TimeoutError as error:
-                window.healed = time.monotonic()
-                self._windows.append(window)
-                return f"{window.kind} of {window.target}: {error}"
+            except (TimeoutError, LookupError) as error:
+                return f"{fault.describe()}: {error}"
             self._windows.append(window)
             tell(f"healed {window.healed - window.began:.1f} s after its begin; {window.note}".rstrip("; "))
             self._rest(min(options.healthy_s, max(1.0, ends - time.monotonic())), "healthy")
@@ -245,9 +249,12 @@ class _Run:
         """Keep what the nodes count beside the histories, for whoever wants to know why a run went as it did."""
         with (self._system.folder / "figures.jsonl").open("w") as file:
             while not self._ended.wait(_TELL_S):
-                states = self._system.status()
-                sample = {name: state.get("figures") or state.get("reason") for name, state in states.items()}
-                file.write(json.dumps({"at": time.monotonic(), "nodes": sample}) + "\n")
+                try:
+                    states = self._system.status()
+                    nodes = {name: state.get("figures") or state.get("reason") for name, state in states.items()}
+                except Exception as error:  # of Ray, in the middle of a fault; the next sample may do better
+                    nodes = {"": repr(error)}
+                file.write(json.dumps({"at": time.monotonic(), "nodes": nodes}) + "\n")
 
     # ------------------------------------------------------------ afterwards
 

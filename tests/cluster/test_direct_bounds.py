@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from direct_model import NODE, PING, SECRET, Node, connect, figure, greeted, is_closed, raw, run, serve, until
 from timetier.cluster.carriers import connection as connection_module
+from timetier.cluster.carriers import direct_server as server_module
 from timetier.cluster.carriers.base import Address, CallError
 from timetier.cluster.carriers.direct import DirectCarrier, host_id
 from timetier.cluster.carriers.framing import HEADER, ONE_WAY, REPLY, REQUEST, FrameError
@@ -85,9 +86,13 @@ def test_what_waits_for_a_peer_that_does_not_read_is_bounded(listen: dict[str, A
     run(body())
 
 
-def test_a_peer_that_leaves_its_replies_unread_is_cut_off(listen: dict[str, Any]) -> None:
+def test_a_peer_that_leaves_its_replies_unread_is_cut_off(
+    listen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "UNREAD_TIMEOUT_S", 0.3)
+
     async def body() -> None:
-        async with serve(Node(), listen, max_reply_bytes=1_000_000) as server:
+        async with serve(Node(), listen) as server:
             reader, writer = await greeted(server.address)
             reader._transport.pause_reading()  # type: ignore[attr-defined]
             frame = encode(FileList("large"))
@@ -110,8 +115,8 @@ def test_peers_that_leave_replies_unread_share_one_bound_and_who_reads_is_spared
                 reader._transport.pause_reading()  # type: ignore[attr-defined]
                 writer.write(b"".join(HEADER.pack(len(frame), call_id, REQUEST) + frame for call_id in range(1, 13)))
                 assert isinstance(await good.call(NODE, FileList("large"), 5), BlockBytes)
-                assert server.reply_bytes() <= 20_000_000 + 500_100
-            await until(lambda: figure(server, "dropped_frames") >= 1)
+                assert server.reply_bytes() <= 20_000_000 + 8 * (server_module.PAUSE_REPLY_BYTES + 500_100)
+            await until(lambda: figure(server, "overload_refusals") >= 1)
             assert await good.call(NODE, Ping(), 5) == Pong()
             for _, writer in lazy:
                 writer.transport.abort()

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from small_disk import SmallDisk, engines_on, small_disk
+from small_disk import ENGINE_NEEDS_BYTES, SmallDisk, engines_on, small_disk
 from storage_cluster import BUCKETS, StorageCluster, topology, wait_for
 from timetier.cluster.client.scripts import ItemQuery, ItemResult, WriteRequest, read_items, write
 from timetier.cluster.client.view import ClientSettings, View
@@ -196,6 +196,29 @@ def test_on_full_disks_writes_are_refused_reads_go_on_and_writes_come_back(tmp_p
     run(body())
 
 
+def test_a_timeline_whose_last_write_met_full_disks_can_be_read_all_the_same(tmp_path: Path) -> None:
+    """Its entry is open: one replica has accepted it. With another one down only a Prepare tells what became of it."""
+
+    async def body() -> None:
+        with disks(tmp_path, 0, 1, 2) as found:
+            async with cluster_on(tmp_path, found) as cluster:
+                writer = Writer(cluster)
+                assert await writer.write(first=0) == 1
+                for number in (1, 2):
+                    found[number].fill(RESERVE_BYTES * 3 // 4)
+                await until_full(cluster, 1, 2)
+                while not writer.unknown:
+                    cluster.services[0]._disk._full_peers.clear()  # as if they had not told it yet
+                    await writer.write(first=0, timeout_s=1.5)
+                found[0].fill(RESERVE_BYTES * 3 // 4)
+                await until_full(cluster, 0, 1, 2)
+                await writer.check()
+                await cluster.stop(2)
+                await writer.check()
+
+    run(body())
+
+
 def test_a_disk_that_somebody_else_fills_to_the_last_byte_ends_a_life_and_nothing_else(tmp_path: Path) -> None:
     async def body() -> None:
         with disks(tmp_path, 0) as found:
@@ -257,15 +280,18 @@ def test_a_node_that_starts_on_a_full_disk_takes_nothing_for_damaged_and_starts_
                 service = cluster.services.pop(0)
                 cluster.network.kill(service.name)
                 service._identity.begin_life()  # as after a crash: nothing was closed, so opening has to write
+                found[0].fill()
                 engine, service._engine = service._engine, None
                 assert engine is not None
                 engine.abandon()
                 await service.stop()
                 service._identity.close()
-                found[0].fill()
-                with pytest.raises((Unavailable, OSError)) as refused:
+                with pytest.raises((Unavailable, OSError), match="space"):
                     await cluster.start(0)
-                assert "space" in str(refused.value)
+                found[0].make_room()
+                found[0].fill(ENGINE_NEEDS_BYTES // 2)  # enough for a life to begin, not for its engine
+                with pytest.raises(Unavailable, match="space"):
+                    await cluster.start(0)
                 found[0].make_room()
                 await cluster.start(0)
                 await until_voting(cluster)

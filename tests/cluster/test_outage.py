@@ -15,7 +15,7 @@ def test_a_replica_that_was_killed_is_current_again_and_nobody_is_stopped() -> N
         found = asyncio.run(measure(Path(folder), writes=3_000, timelines=300, long=600, steady_s=0.2))
     print(found)
     assert found["verified_equal"]
-    assert found["verified_timelines"] == 301
+    assert found["verified_timelines"] >= 301, "and timelines of cold links, where a node has a note of them"
     assert found["current_after_s"] < 60
     assert found["figures"]["entries_fetched"] >= 2_000
     assert found["figures"]["states_installed"] >= 1, "one timeline was beyond the tail of its log"

@@ -44,29 +44,61 @@ def suspects(clock: Clock) -> Suspects:
 # ---------------------------------------------------------------- the client's
 
 
-def test_a_node_that_fails_again_after_each_answer_is_suspected_four_times_as_long_each_time() -> None:
+def answer_until_trusted(found: Suspects, clock: Clock) -> float:
+    """Let the node answer whenever it is asked. Seconds from its first answer until it is trusted."""
+    due_at = found.next_due(())
+    assert due_at is not None
+    clock.now = due_at
+    while NODE in found:
+        due_at = found.next_due(())
+        assert due_at is not None
+        clock.now = due_at + 0.001
+        found.trust(NODE)
+        found.trust(NODE)  # answers that come together count once
+        assert clock.now < 10_000
+    return clock.now
+
+
+def test_a_node_that_fails_again_is_asked_four_times_as_late_and_has_to_answer_for_some_seconds() -> None:
     clock = Clock()
     found = suspects(clock)
-    lengths = []
-    for _ in range(5):
+    found.probed = True
+    pauses, waits = [], []
+    for _ in range(4):
         found.suspect(NODE)
         due_at = found.next_due(())
         assert due_at is not None
-        lengths.append(due_at - clock.now)
-        clock.now = due_at
-        found.trust(NODE)
-        assert NODE not in found
+        pauses.append(due_at - clock.now)
+        waits.append(round(answer_until_trusted(found, clock) - due_at, 1))
         assert found.on_probation(NODE)
         clock.now += 1.0
-    assert lengths == [1.0, 4.0, 16.0, 16.0, 16.0]
+    assert pauses == [1.0, 4.0, 16.0, 16.0]
+    assert waits == [0.0, 3.0, 3.0, 3.0]
+
+
+def test_a_node_that_goes_up_and_down_every_two_seconds_is_trusted_once_and_then_left_alone() -> None:
+    clock = Clock()
+    found = suspects(clock)
+    found.probed = True
+    hits = 0
+    while clock.now < 160.0:
+        up = int(clock.now / 2) % 2 == 1
+        asked = NODE not in found
+        if asked and not up:
+            hits += 1
+        if asked or found.due():
+            (found.trust if up else found.suspect)(NODE)
+        clock.now += 0.05
+    assert hits <= 2, "a minute of it costs two requests, not thirty"
 
 
 def test_a_node_that_has_answered_for_long_is_as_good_as_any_other() -> None:
     clock = Clock()
     found = suspects(clock)
+    found.probed = True
     for _ in range(3):
         found.suspect(NODE)
-        found.trust(NODE)
+        answer_until_trusted(found, clock)
     clock.now += 60.0
     assert not found.on_probation(NODE)
     found.suspect(NODE)
@@ -197,7 +229,9 @@ def test_a_store_that_is_slower_than_an_attempt_may_take_serves_all_the_same() -
 
 def test_a_reader_asks_a_relapsed_node_four_times_as_late_and_gives_it_less_time() -> None:
     found = Suspicion(first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
-    now, pauses = 100.0, []
+    now = 100.0
+    pauses: list[float] = []
+    waits: list[float] = []
     for _ in range(4):
         found.suspect(NODE, now, Ping())
         began = now
@@ -205,10 +239,24 @@ def test_a_reader_asks_a_relapsed_node_four_times_as_late_and_gives_it_less_time
             now += 0.5
         pauses.append(now - began)
         assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
-        found.trust(NODE)
-        assert NODE not in found
+        first_answer = now
+        while NODE in found:
+            if found.due(now) or now == first_answer:
+                found.trust(NODE, now)
+            now += 0.5
+            assert now < first_answer + 10
+        waits.append(now - 0.5 - first_answer)
         assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.1
-    assert pauses == [1.0, 4.0, 16.0, 16.0] or pauses == [1.0, 8.0, 16.0, 16.0]
+    assert pauses == [1.0, 8.0, 16.0, 16.0], "the question was put off once when it was asked, and four times since"
+    assert waits == [0.0, 3.0, 3.0, 3.0]
+
+
+def test_a_reader_that_needs_a_node_trusts_it_at_its_first_answer() -> None:
+    found = Suspicion(first_s=1.0, longest_s=8.0)
+    for _ in range(2):
+        found.suspect(NODE, 100.0, Ping())
+        found.trust(NODE, 101.0, at_once=True)
+        assert NODE not in found
 
 
 @pytest.mark.parametrize("failures", [1, 5])
@@ -217,7 +265,7 @@ def test_a_reader_forgets_failures_of_long_ago(failures: int) -> None:
     now = 100.0
     for _ in range(failures):
         found.suspect(NODE, now, Ping())
-        found.trust(NODE)
+        found.trust(NODE, now, at_once=True)
     now += 16.0 + 60.0
     assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
     found.suspect(NODE, now, Ping())
@@ -232,6 +280,6 @@ def test_when_too_few_nodes_are_trusted_the_others_are_asked_at_once_and_again_s
     assert [node for node, _ in found.due(100.2, urgent=True)] == [NODE]
     assert found.due(100.25, urgent=True) == [], "not with every request"
     assert [node for node, _ in found.due(100.35, urgent=True)] == [NODE]
-    found.trust(NODE)
+    found.trust(NODE, 100.4)
     assert not found
     assert found.due(200.0, urgent=True) == []

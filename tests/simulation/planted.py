@@ -86,7 +86,7 @@ BUGS = [
         "a promise binds all later lives",
         ("paxos.core:Core._load", "if meta.promised_entry == timeline.chosen + 1:", "if False:"),
         plans="restarts",
-        scripts=("11_regained_right",),
+        scripts=("regained_right",),
     ),
     _bug(
         "ballot reused after a restart",
@@ -107,7 +107,7 @@ BUGS = [
         "memory behind the engine after a restart",
         "a later record proves that the one before was chosen",
         ("paxos.core:Core._load", "self._apply_loaded(timeline)", "break"),
-        scripts=("09_fsync",),
+        scripts=("fsync",),
     ),
     _bug(
         "torn write of many items",
@@ -118,7 +118,7 @@ BUGS = [
             "engine.put(log_key(key, entry), record)\n    engine.commit()",
         ),
         plans="restarts",
-        scripts=("09_fsync",),
+        scripts=("fsync",),
     ),
     # ---- proposers and acceptors
     _bug(
@@ -130,7 +130,7 @@ BUGS = [
             "if timeline.promised != NO_BALLOT:",
         ),
         plans="duels",
-        scripts=("02_first_entry",),
+        scripts=("first_entry",),
     ),
     _bug(
         "round 0 outlives a promise",
@@ -142,7 +142,7 @@ BUGS = [
         ),
         ("paxos.proposer:Proposer._send_accept", "if against > proposal.ballot:", "if False:"),
         plans="duels",
-        scripts=("26_own_promise",),
+        scripts=("own_promise",),
     ),
     _bug(
         "round 0 for every life of a replica",
@@ -158,7 +158,7 @@ BUGS = [
             "return timeline.origin[0] == life[0]",
         ),
         plans="restarts",
-        scripts=("05_settle",),
+        scripts=("settle",),
     ),
     _bug(
         "claim to round 0 not checked",
@@ -166,7 +166,7 @@ BUGS = [
         ("paxos.acceptor:Acceptor._claim_holds", "return timeline.origin == life", "return True"),
         ("paxos.proposer:Proposer._has_right", "return timeline.origin == self.core.life", "return True"),
         plans="duels",
-        scripts=("03_lost_right",),
+        scripts=("lost_right",),
     ),
     _bug(
         "accepts below its promise",
@@ -177,7 +177,7 @@ BUGS = [
             "if ballot < timeline.accepted or",
         ),
         plans="duels",
-        scripts=("04_duel",),
+        scripts=("duel",),
     ),
     _bug(
         "value of the lowest ballot",
@@ -188,7 +188,7 @@ BUGS = [
             "accepted, value, _ = min(proposal.promises.values(), key=lambda p: p[0])",
         ),
         plans="duels",
-        scripts=("17_keeps_origin",),
+        scripts=("keeps_origin",),
     ),
     _bug(
         "one vote suffices",
@@ -204,7 +204,7 @@ BUGS = [
             "timeline.accepted != NO_BALLOT",
         ),
         plans="duels",
-        scripts=("08_very_ballot",),
+        scripts=("very_ballot",),
     ),
     _bug(
         "rows of a replaced value stay",
@@ -241,7 +241,7 @@ BUGS = [
             "elif False:",
         ),
         plans="transfers",
-        scripts=("14_stale",),
+        scripts=("stale",),
     ),
     _bug(
         "conditional write shares an entry",
@@ -356,10 +356,9 @@ BUGS = [
         plans="sinks",
     ),
     _bug(
-        "weak snapshot sunk",
-        "a timeline is sunk as of a version that no acknowledged write and no link exceeds",
-        ("cold.sink_script:_Run._scan_page", "if timeline.version >= floors[timeline.key]]", "]"),
-        ("cold.sinking:split_stale", "if timeline.version >= version else stale", "if True else stale"),
+        "accepted rows sunk",
+        "the sink takes rows that are chosen",
+        ("paxos.scans:Scans._newest", "if version > timeline.chosen:", "if False:"),
         plans="sinks",
     ),
     _bug(
@@ -386,14 +385,14 @@ BUGS = [
         "a state is installed after the links that its missing rows are behind",
         ("paxos.catchup:CatchUp._install_when_possible", "if system.chosen < incoming.needs_system:", "if False:"),
         plans="sinks",
-        scripts=("25_state_and_links",),
+        scripts=("state_and_links",),
     ),
     _bug(
         "old lives are heard",
         "messages of a replaced life are refused",
         ("paxos.replica:Replica.peer", "if known is not None and not _follows(batch, known):", "if False:"),
         plans="losses",
-        scripts=("10_old_life",),
+        scripts=("old_life",),
     ),
     # ---- loss of data
     _bug(
@@ -405,14 +404,14 @@ BUGS = [
             "True",
         ),
         plans="losses",
-        scripts=("23_old_vote",),
+        scripts=("old_vote",),
     ),
     _bug(
         "learner votes",
         "a replica that lost data is in no quorum until it has copied all",
         ("paxos.replica:Replica.__init__", 'LEARNING, "copying', 'VOTING, "copying'),
         plans="losses",
-        scripts=("22_learner",),
+        scripts=("learner",),
     ),
     _bug(
         "copied acceptance is a vote",
@@ -423,6 +422,6 @@ BUGS = [
             "vote=True)\n    timeline.accepted, timeline.learned = ballot, False",
         ),
         plans="losses",
-        scripts=("22_learner",),
+        scripts=("learner",),
     ),
 ]

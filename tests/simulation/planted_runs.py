@@ -73,8 +73,9 @@ def find(bug: Bug, *, max_seeds: int = MAX_SEEDS, base_seed: int = 0) -> Finding
 
 
 def plays_as_written(script: str) -> bool:
-    """Whether an interaction script of `tests/cluster/testdata` does what it says."""
-    text = (SCRIPTS / f"{script}.txt").read_text()
+    """Whether an interaction script of `tests/cluster/testdata` does what it says. `script`: its name, no number."""
+    (path,) = SCRIPTS.glob(f"[0-9]*_{script}.txt")
+    text = path.read_text()
     try:
         with _at_most(HANG_S):
             return bool(_player().play(text) == text)

@@ -67,10 +67,21 @@ class Watch:
             self.truth.chosen(name, timeline.key, number, _entry(engine, timeline.key, number, request_ids))
             if is_system(timeline.key) and self.truth.of(timeline.key).version > known:
                 self._check_links(timeline.key)
+            self._check_majority(name, timeline.key, number, request_ids)
             inner(timeline, number, request_ids)
 
         replica.core.on_chosen = on_chosen
         engine.on_commit = lambda batch: self._on_commit(name, batch)
+
+    def _check_majority(self, name: str, timeline: bytes, number: int, request_ids: list[bytes]) -> None:
+        """What a replica takes for chosen must be on the disks of a majority."""
+        disks = self._disks_of(timeline)
+        copies = sum(_holds_entry(disk.engine.synced, timeline, number, request_ids) for disk in disks)
+        if copies <= len(disks) // 2 and not self._world.lately_lost():
+            self._report(
+                "chosen by a majority",
+                f"{name} takes entry {number} of {show_timeline(timeline)} for chosen, which {copies} disks hold",
+            )
 
     # ------------------------------------------------------------ answers and what they promise
 
@@ -337,6 +348,14 @@ def _knows_entry(rows: dict[bytes, bytes], timeline: bytes, entry: int) -> bool:
     if _meta(rows, timeline).chosen >= entry:
         return True
     return log_key(timeline, entry) in rows or log_key(timeline, entry + 1) in rows
+
+
+def _holds_entry(rows: dict[bytes, bytes], timeline: bytes, entry: int, request_ids: list[bytes]) -> bool:
+    """Whether a disk holds the entry with these requests, or says that it was chosen."""
+    encoded = rows.get(log_key(timeline, entry))
+    if encoded is not None and list(decode_record(encoded).request_ids) == request_ids:
+        return True
+    return _meta(rows, timeline).chosen >= entry or log_key(timeline, entry + 1) in rows
 
 
 def _timeline_of_row(key: bytes) -> bytes:
