@@ -11,7 +11,8 @@ from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import open_identity
 from timetier.cluster.messages import PUT, Write, Written, pack_i64, pack_u32, unpack_i64
-from timetier.cluster.storage.service import OpenEngine, StorageService, free_bytes
+from timetier.cluster.storage.home import OpenEngine
+from timetier.cluster.storage.service import StorageService, free_bytes
 from timetier.cluster.topology import TablePolicy, Topology
 
 BUCKETS = 64

@@ -301,9 +301,7 @@ class CacheService:
             raise Unavailable(f"{self.name} is stopping")
         if self._open + len(reads) > self._max_queued_requests:
             self.counters.add("refused", len(reads))
-            raise overloaded(
-                f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}"
-            )
+            raise overloaded(f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}")
         self._open += len(reads)
         ticket = _Ticket(reads)
         self._tickets.add(ticket)

@@ -16,8 +16,10 @@ from ..messages import (
     AcceptedList,
     AskAccepted,
     AskDigests,
+    AskLives,
     Digests,
     Failure,
+    Lives,
     Message,
     pack_i64,
     unpack_i64,
@@ -29,6 +31,7 @@ from ..paxos.replica import Replica
 T = TypeVar("T")
 
 CALL_S = 10.0
+ASK_S = 2.0
 RETRY_S = 0.5
 POLL_S = 0.02
 VERIFY_ATTEMPTS = 10  # questions to a peer that does not answer, before the other one's word is enough
@@ -54,6 +57,24 @@ class Step(Protocol):
     """Lets the replica do something, as one step of its node. Raises when that life has ended."""
 
     def __call__(self, work: Callable[[Replica], T]) -> T: ...
+
+
+def ask_lives(nodes: dict[int, str], progress: Progress) -> Script[list[Lives]]:
+    """Who the peers are, and which lives they have noted, as soon as all of them vote.
+
+    Only all of them together know what the votes of a lost replica have helped to decide.
+    """
+    while True:
+        answers = yield [Call(node, AskLives(), ASK_S) for node in nodes.values()]
+        missing = ""
+        for node, answer in zip(nodes.values(), answers, strict=True):
+            if not isinstance(answer, Lives) or not answer.votes:
+                missing = f"{node}: {answer.reason}" if isinstance(answer, CallFailed) else node
+        if not missing:
+            progress.reason = ""
+            return list(answers)
+        progress.reason = f"waiting for both peers to vote, because only together they know all: {missing}"
+        yield Sleep(RETRY_S)
 
 
 class Rejoin:

@@ -25,7 +25,7 @@ from ..counters import Counters
 from ..drive import drive
 from ..errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
 from ..gate import ITEM_BYTES, REQUEST_BYTES, Gate
-from ..identity import Identity, Refused
+from ..identity import Identity
 from ..memory.service import CacheService
 from ..messages import (
     AskAccepted,
@@ -49,13 +49,13 @@ from ..messages import (
 )
 from ..paxos.core import Settings
 from ..paxos.replica import FENCED, LEARNING, VOTING, Replica
-from ..paxos.rows import IDENTITY_KEY
 from ..routing import Routing
 from ..topology import Topology
 from .catching_up import catch_up
 from .disk_room import DiskRoom
-from .engine import DurableEngine, EngineDamaged, EngineFailed, RocksEngine
-from .learning import Progress, Rejoin, Step
+from .engine import DurableEngine, EngineDamaged, EngineFailed
+from .home import EngineHome, OpenEngine, remove_engine, rocks_opener
+from .learning import Progress, Rejoin, Step, ask_lives
 
 T = TypeVar("T")
 
@@ -63,22 +63,11 @@ logger = logging.getLogger(__name__)
 
 CHORE_SLICE_S = 0.002
 REOPEN_S = 1.0
-ENGINE_FOLDER = "engine"
-
-
-OpenEngine = Callable[[Path, bool], DurableEngine]
-"""Opens the engine in a folder; True to create it. Raises Corrupt when it is damaged or missing."""
 
 
 def wall_us() -> int:
     """Microseconds since 1970."""
     return time.time_ns() // 1000
-
-
-def remove_engine(folder: Path) -> None:
-    """Remove the engine in a folder, if there is one. Raises OSError."""
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def free_bytes(folder: Path) -> int:
@@ -120,16 +109,14 @@ class StorageService:
         self.group = group
         self.number = replica
         self.counters = counters
-        self._home = folder
         self._identity = identity
+        self._home = EngineHome(folder, identity, open_engine or rocks_opener(config), remove_engine)
         self._carrier = carrier
         self._config = config
         self._routing = Routing(topology)
         self._random = random.Random(seed)
         self._now = clock
         self._wall_us = wall_us
-        self._open_engine = open_engine or self._open_rocks
-        self._remove_engine = remove_engine
         self._settings = settings_of(config)
         self._reader = CacheService(
             name,
@@ -157,7 +144,7 @@ class StorageService:
         self._token = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
         self._flushing = False
-        self._disk = DiskRoom(name, self._home, config.disk_reserve_mb << 20, free_bytes)
+        self._disk = DiskRoom(name, folder, config.disk_reserve_mb << 20, free_bytes)
         self._pump_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -275,12 +262,8 @@ class StorageService:
     def _open(self) -> None:
         """Open the engine and begin a life."""
         identity = self._identity
-        engine = self._open_engine(self._folder, identity.learning or not identity.formatted)
+        engine = self._home.open()
         try:
-            self._check_identity(engine)
-            engine.put(IDENTITY_KEY, self._identity_row())
-            engine.commit()
-            engine.sync()
             replica = Replica(
                 replica=self.number,
                 replicas=self._routing.topology.storage_replicas,
@@ -301,27 +284,6 @@ class StorageService:
         self._engine, self._replica, self._failed = engine, replica, ""
         if identity.learning:
             self._keep(self._learn(replica))
-
-    def _open_rocks(self, folder: Path, create: bool) -> DurableEngine:
-        return RocksEngine(
-            folder,
-            create=create,
-            cache_mb=self._config.engine_cache_mb,
-            write_buffer_mb=self._config.engine_write_buffer_mb,
-        )
-
-    def _identity_row(self) -> bytes:
-        return f"{self._identity.cluster_id} {self._identity.node} {self._identity.incarnation}".encode()
-
-    def _check_identity(self, engine: DurableEngine) -> None:
-        found = engine.get(IDENTITY_KEY)
-        if found is None and self._identity.formatted and not self._identity.learning:
-            raise Corrupt(f"{self._folder} holds an empty database, but {self.name} has been formatted before")
-        if found is not None and found != self._identity_row():
-            raise Refused(
-                f"{self._folder} holds the database of {found.decode()}, not of {self._identity_row().decode()}: put "
-                "each folder back in its place"
-            )
 
     def _break(self, error: Exception) -> None:
         """The disk or the core failed: nothing in memory can be trusted. End this life, begin the next one."""
@@ -366,14 +328,6 @@ class StorageService:
     # ------------------------------------------------------------ loss of data
 
     @property
-    def _folder(self) -> Path:
-        """Of the engine; each incarnation has its own, so nothing is lost before its successor votes."""
-        return self._folder_of(self._identity.incarnation)
-
-    def _folder_of(self, incarnation: int) -> Path:
-        return self._home / (ENGINE_FOLDER if incarnation <= 1 else f"{ENGINE_FOLDER}-{incarnation}")
-
-    @property
     def _may_rejoin(self) -> bool:
         return self._config.rejoin and self._routing.topology.storage_replicas > 1
 
@@ -407,33 +361,19 @@ class StorageService:
         while self._replica is None:
             try:
                 await asyncio.to_thread(self._identity.lose_data)
-                seen = await self._ask_lives(progress)
-                if seen is not None:
-                    await asyncio.to_thread(self._remove_engine, self._folder_of(seen + 1))
-                    await asyncio.to_thread(self._identity.begin_incarnation, seen + 1)
-                    self._open()
-                    self._begins_incarnation = False
-                    self._plan_pump()
-                    return
+                lives = await drive(ask_lives(self._peers(), progress), self._carrier)
+                noted = [life[1] for answer in lives for life in answer.noted if life[0] == self.number]
+                incarnation = max(noted, default=1) + 1
+                await asyncio.to_thread(self._home.remove, incarnation)
+                await asyncio.to_thread(self._identity.begin_incarnation, incarnation)
+                self._open()
+                self._begins_incarnation = False
+                self._plan_pump()
+                return
             except Exception as error:
                 progress.reason = str(error)
                 logger.warning("%s can't begin to rejoin: %s", self.name, progress.reason)
             await asyncio.sleep(REOPEN_S)
-
-    async def _ask_lives(self, progress: Progress) -> int | None:
-        """The greatest incarnation of this replica that any peer has seen, or None as long as one does not vote."""
-        seen = 0
-        for node in self._peers().values():
-            try:
-                answer = await self._carrier.call(node, AskLives(), 2.0)
-            except CallError as error:
-                progress.reason = f"waiting for {node} to vote, because only both peers together know all: {error}"
-                return None
-            if not isinstance(answer, Lives) or not answer.votes:
-                progress.reason = f"waiting for {node} to vote, because only both peers together know all"
-                return None
-            seen = max([seen, *[life[1] for life in answer.noted if life[0] == self.number]])
-        return seen
 
     async def _learn(self, replica: Replica) -> None:
         """Copy and verify, make it durable, vote."""
@@ -444,7 +384,9 @@ class StorageService:
 
         step = self._step_of(replica)
         try:
-            await self._fence_what_peers_fenced(step, progress)
+            # Else an old life of one peer, of which the other knows, could be heard here again.
+            lives = await drive(ask_lives(peers, progress), self._carrier)
+            step(lambda r: r.note_lives([life for answer in lives for life in (answer.life, *answer.noted)]))
             await drive(Rejoin(step, self._now, peers, rate, progress).script(), self._carrier)
             step(lambda r: r.learning.forget_positions())
             engine = self._engine
@@ -461,24 +403,7 @@ class StorageService:
         self._rejoin_progress = None
         logger.warning("%s votes again, after %.1f s", self.name, self._now() - began)
         for incarnation in range(1, self._identity.incarnation):
-            await asyncio.to_thread(self._remove_engine, self._folder_of(incarnation))
-
-    async def _fence_what_peers_fenced(self, step: Step, progress: Progress) -> None:
-        """Take over which lives each peer has noted: else an old life of the other one could be heard here again."""
-        for node in self._peers().values():
-            while True:
-                try:
-                    answer = await self._carrier.call(node, AskLives(), 2.0)
-                except CallError as error:
-                    progress.reason = str(error)
-                    answer = None
-                if isinstance(answer, Lives) and answer.votes:
-                    lives = [answer.life, *answer.noted]
-                    step(lambda r, lives=lives: r.note_lives(lives))  # type: ignore[misc]
-                    break
-                progress.reason = progress.reason or f"waiting for {node} to vote"
-                await asyncio.sleep(REOPEN_S)
-        progress.reason = ""
+            await asyncio.to_thread(self._home.remove, incarnation)
 
     # ------------------------------------------------------------ steps
 

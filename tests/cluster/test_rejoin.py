@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,10 @@ def test_a_learner_is_in_no_quorum_and_goes_on_where_it_stopped(tmp_path: Path) 
     asyncio.run(run())
 
 
+def waits_for_votes(service: StorageService) -> bool:
+    return "to vote" in service.status()["reason"]
+
+
 def test_two_replicas_that_lost_their_data_do_not_vote(tmp_path: Path) -> None:
     async def run() -> None:
         async with StorageCluster(tmp_path, CONFIG) as cluster:
@@ -206,7 +211,7 @@ def test_two_replicas_that_lost_their_data_do_not_vote(tmp_path: Path) -> None:
                 shutil.rmtree(tmp_path / f"storage-0-{number}")
             services = [await cluster.start(number, may_format=False, may_learn=True) for number in (1, 2)]
             for service in services:
-                await wait_for(lambda s=service: "to vote" in s.status()["reason"], "it waits for the other")
+                await wait_for(partial(waits_for_votes, service), "it waits for the other")
             await asyncio.sleep(2 * REOPEN_S)
             for service in services:
                 status = service.status()

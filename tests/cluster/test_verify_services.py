@@ -163,7 +163,7 @@ def test_what_was_changed_or_lost_in_one_replica_is_named_and_mended(tmp_path: P
                 mended = await compare(cluster, mend=True)
                 assert mended.ok, mended
                 assert mended.mended == len(damage)
-                assert versions
+                await wait_for(lambda: bool(versions), "writes that went on")
             assert (await compare(cluster)).ok
 
     asyncio.run(asyncio.wait_for(body(), 60))
@@ -181,7 +181,7 @@ def test_a_timeline_that_is_written_all_the_time_is_mended_too(tmp_path: Path) -
                 before = len(versions)
                 mended = await compare(cluster, mend=True)
                 assert mended.ok, mended
-                assert len(versions) > before
+                await wait_for(lambda: len(versions) > before, "writes that went on")
             assert (await compare(cluster)).ok
 
     asyncio.run(asyncio.wait_for(body(), 60))
@@ -285,7 +285,7 @@ def test_a_wiped_replica_is_not_compared_while_it_learns_and_equal_when_it_votes
                 await cluster.ready()
                 report = await compare(cluster)
                 assert report.ok, report
-                assert versions
+                await wait_for(lambda: bool(versions), "writes that went on")
             assert report.equal == len(TIMELINES)
 
     asyncio.run(asyncio.wait_for(body(), 60))

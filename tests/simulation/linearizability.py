@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .history import Operation, Refused, Write, load_history
+import msgspec
+
+from .history import Done, Item, Key, Operation, Page, Refused, Write, load_history
 from .plain_timeline import CLOSED, EMPTY, NEVER, State, after, tells_versions, told_version
 
 DEFAULT_EFFORT = 200_000  # configurations looked at per timeline: some seconds
@@ -105,7 +107,7 @@ def ends(operations: Sequence[Operation], *, effort: int = DEFAULT_EFFORT) -> se
     None if the effort did not suffice.
     """
     search = _Search(operations, gaps=False)
-    unknown = [operations.index(op) for op in search.unknown]
+    unknown = [operations.index(op) for op in search.unknown_as_recorded]
     found: set[tuple[State, tuple[int, ...]]] = set()
     seen: set[tuple[int, State]] = set()
     waiting = [_Step(0, 0, 0, EMPTY)]
@@ -131,12 +133,14 @@ class _Search:
         self.gaps = gaps or not self.versions_matter
         ordered = sorted(operations, key=lambda operation: operation.called_at)
         self.known = [op for op in ordered if not op.is_unknown and not isinstance(op.result, Refused)]
-        self.unknown = [op for op in ordered if op.is_unknown and isinstance(op.arguments, Write)]
+        self.unknown_as_recorded = [op for op in ordered if op.is_unknown and isinstance(op.arguments, Write)]
+        self.unknown = _dated(self.unknown_as_recorded, ordered)
         for op in self.known:
             if op.returned_at is None or op.returned_at < op.called_at:
                 raise ValueError(f"an operation with a known outcome returns before it is called: {op}")
         self.all_known = (1 << len(self.known)) - 1
-        told = [(version, index) for index, op in enumerate(self.known) if (version := told_version(op)) is not None]
+        every = enumerate([*self.known, *self.unknown])
+        told = [(version, index) for index, op in every if (version := told_version(op)) is not None]
         self.versions = sorted(told)
 
     def successors(self, step: _Step) -> Iterator[_Step]:
@@ -190,6 +194,31 @@ class _Search:
         while first < len(self.known) and done >> first & 1:
             first += 1
         return _Step(done, first, passed, state)
+
+
+def _dated(unknown: Sequence[Operation], operations: Sequence[Operation]) -> list[Operation]:
+    """The unknown writes; those of which a look has seen a value with its version are told to be done at that version.
+
+    Only if no other write has put that value at that key: then that look, in any order that explains it, proves it.
+    """
+    puts: dict[tuple[Key, str], list[int]] = {}
+    for operation in operations:
+        if isinstance(operation.arguments, Write):
+            for mutation in operation.arguments.mutations:
+                if mutation.action == "put" and mutation.key is not None:
+                    puts.setdefault((mutation.key, mutation.value), []).append(id(operation))
+    seen: dict[int, int] = {}
+    for operation in operations:
+        result = operation.result
+        items = result.items if isinstance(result, Page) else (result.item,) if isinstance(result, Item) else ()
+        for item in items:
+            writers = puts.get((item.key, item.value), ()) if item is not None else ()
+            if item is not None and item.version is not None and len(writers) == 1:
+                seen[writers[0]] = item.version
+    return [
+        msgspec.structs.replace(op, result=Done(seen[id(op)]), returned_at=None) if id(op) in seen else op
+        for op in unknown
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -158,8 +158,8 @@ def _all_findings(bugs: Sequence[Bug], max_seeds: int, base_seed: int, jobs: int
             process.start()
             theirs.close()
             running[ours] = bug, process
-        for ours in multiprocessing.connection.wait(list(running)):
-            assert isinstance(ours, Connection)
+        ready = multiprocessing.connection.wait(list(running))
+        for ours in [pipe for pipe in running if pipe in ready]:
             bug, process = running.pop(ours)
             try:
                 yield ours.recv()
