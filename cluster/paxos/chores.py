@@ -237,19 +237,25 @@ class Chores:
         The caller marks the timeline in the same write.
         """
         engine, key = self.core.engine, timeline.key
-        superseded: list[bytes] = []
-        for name, encoded in list(engine.scan(log_key(key, timeline.log_low), log_key(key, first_kept))):
-            record = decode_record(encoded)
+        records = {
+            name: decode_record(encoded)
+            for name, encoded in engine.scan(log_key(key, timeline.log_low), log_key(key, first_kept))
+        }
+        # All reads come first: each one would commit what is pending, and a crash between two commits would leave a
+        # log with a gap, which looks like one that is shorter.
+        superseded: dict[bytes, None] = {}
+        for record in records.values():
+            for item in record.keys:
+                if item:
+                    superseded.update(dict.fromkeys(self._superseded(timeline, item, first_kept)))
+        for name, record in records.items():
             if not keep_ids:
                 engine.delete(name)
                 self.core.counters.add("entries_trimmed")
             elif record.keys:
                 engine.put(name, ids_record(record.ballot, record.origin, record.request_ids))
                 self.core.counters.add("entries_emptied")
-            for item in record.keys:
-                if item:
-                    superseded += self._superseded(timeline, item, first_kept)
-        for name in dict.fromkeys(superseded):
+        for name in superseded:
             engine.delete(name)
         timeline.floor = max(timeline.floor, first_kept - 1)
 

@@ -40,7 +40,7 @@ from ..simulation.history import (
 
 TABLE = "chaos"
 GENERATION_S = 12.0
-HOT, MILD = 2, 8  # timelines of a generation
+HOT, MILD = 2, 16  # timelines of a generation
 TIMESTAMPS = 40
 SINK_BEFORE = 20  # the older half of the timestamps is what sinks
 IDS = (b"", b"x")

@@ -153,19 +153,24 @@ def test_an_old_folder_put_back_is_found_out_and_replaced(tmp_path: Path, furthe
     asyncio.run(run())
 
 
-def test_a_damaged_log_is_noticed_and_everything_is_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["log", "sst"])
+def test_a_damaged_database_is_noticed_and_everything_is_copied(tmp_path: Path, kind: str) -> None:
     async def run() -> None:
         async with StorageCluster(tmp_path, CONFIG) as cluster:
             writer = Writer(cluster)
             await writer.write(0, 8)
+            folder = tmp_path / f"storage-0-{LOST}"
+            shutil.copytree(folder, tmp_path / "killed")  # as kill -9 would leave it: closing empties the log
             await cluster.stop(LOST)
-            folder = tmp_path / f"storage-0-{LOST}" / "engine"
-            tables = sorted(folder.glob("*.sst"))
-            assert tables, "closing flushed"
-            for table in tables:
-                content = bytearray(table.read_bytes())
+            if kind == "log":
+                shutil.rmtree(folder)
+                shutil.move(tmp_path / "killed", folder)
+            files = [path for path in (folder / "engine").glob(f"*.{kind}") if path.stat().st_size > 1000]
+            assert files
+            for path in files:
+                content = bytearray(path.read_bytes())
                 content[len(content) // 3] ^= 0x10
-                table.write_bytes(content)
+                path.write_bytes(content)
             await rejoins(cluster, writer, incarnation=2)
 
     asyncio.run(run())

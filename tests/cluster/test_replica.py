@@ -72,6 +72,30 @@ def test_a_range_that_ends_right_above_an_item_has_that_item() -> None:
             assert (key in live(answer)) is included
 
 
+@pytest.mark.parametrize("limits", [{"log_keep_entries": 4}, {"log_keep_entries": 1_000, "log_keep_bytes": 200}])
+def test_the_log_is_trimmed_and_the_timeline_marked_in_one_write(limits: dict[str, int]) -> None:
+    """A log with a gap would look like a shorter one: its replica would forget what it has accepted."""
+    group = Group(1, settings=Settings(request_id_entries=4, mark_delay_s=60.0, **limits))
+    engine = group.members[FIRST].engine
+    batches: list[list[tuple[bytes, bytes | None]]] = []
+    commit = engine.commit
+
+    def note_and_commit() -> int:
+        if engine._pending:
+            batches.append(list(engine._pending))
+        return commit()
+
+    engine.commit = note_and_commit  # type: ignore[method-assign]
+    for number in range(40):
+        items = [(7, b"", b"x" * 20), (number, b"", b"x" * 20)]
+        assert group.put(FIRST, ALICE, rid(number), items, seen=number)[0] == OK
+    rows = b"R" + ALICE
+    trims = [batch for batch in batches if any(value is None and name.startswith(rows) for name, value in batch)]
+    trims += [batch for batch in batches if any(value is None and name.startswith(b"L") for name, value in batch)]
+    assert trims
+    assert all(any(name == b"M" + ALICE for name, _ in batch) for batch in trims)
+
+
 def test_requests_that_wait_share_an_entry() -> None:
     group = Group(2)
     tokens = [group.send(FIRST, write_message(ALICE, rid(n), [(n, b"", b"v")])) for n in range(50)]

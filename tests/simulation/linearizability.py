@@ -139,6 +139,9 @@ class _Search:
             if op.returned_at is None or op.returned_at < op.called_at:
                 raise ValueError(f"an operation with a known outcome returns before it is called: {op}")
         self.all_known = (1 << len(self.known)) - 1
+        dated = [told_version(op) is not None for op in self.unknown]
+        places = range(len(self.known), len(self.known) + len(self.unknown))
+        self.unknown_by_likelihood = sorted(places, key=lambda place: not dated[place - len(self.known)])
         every = enumerate([*self.known, *self.unknown])
         told = [(version, index) for index, op in every if (version := told_version(op)) is not None]
         self.versions = sorted(told)
@@ -157,10 +160,9 @@ class _Search:
             for state in after(step.state, self.known[index], self.gaps):
                 if (following := self._advance(step, index, state)) is not None:
                     yield following
-        for index, op in enumerate(self.unknown, len(self.known)):
-            if op.called_at > deadline:
-                break
-            if not step.done >> index & 1:
+        for index in self.unknown_by_likelihood:
+            op = self.unknown[index - len(self.known)]
+            if op.called_at <= deadline and not step.done >> index & 1:
                 for state in after(step.state, op, self.gaps):
                     if (following := self._advance(step, index, state)) is not None:
                         yield following

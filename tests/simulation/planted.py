@@ -356,12 +356,6 @@ BUGS = [
         plans="sinks",
     ),
     _bug(
-        "accepted rows sunk",
-        "the sink takes rows that are chosen",
-        ("paxos.scans:Scans._newest", "if version > timeline.chosen:", "if False:"),
-        plans="sinks",
-    ),
-    _bug(
         "two sinks at once",
         "the links of a bucket are written on condition that nobody else did",
         ("cold.sink_script:_Run._link", "if_version=pending.system_version,", ""),
