@@ -211,6 +211,7 @@ def _child_environment(data_dir: Path, temp_dir: str) -> dict[str, str]:
         "TMPDIR": str(_inner_tmp(temp_dir)),  # what killed processes leave behind goes when the Ray ends
         # Ray would wait for the actors to end by themselves for 30 s after SIGTERM; they end when they are told to.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_worker_niceness": "0",  # at Ray's 15 a node would starve beside any busy program, and its peers with it
     }
 
 

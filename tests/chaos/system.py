@@ -138,10 +138,14 @@ class System:
             raise TimeoutError(f"process {pid} does not end")
 
     def wipe(self, node: str) -> None:
-        """kill -9 of a node, and its folder is gone before Ray starts it again."""
-        pid, since = self.process(node)
-        self._kill_process(pid, since)
-        shutil.rmtree(self.data_dir / node)
+        """kill -9 of a node, and its folder is gone before anybody can start it again: it is stopped meanwhile."""
+        process = self.process(node)
+        self.pause(process)
+        gone = self.data_dir / f"wiped-{time.monotonic_ns()}"
+        (self.data_dir / node).rename(gone)
+        self._kill_process(*process)
+        self._stopped.pop(process[0], None)
+        shutil.rmtree(gone)
 
     def pause(self, process: tuple[int, str]) -> None:
         """SIGSTOP."""
