@@ -34,7 +34,7 @@ PUT, DELETE, WIPE = 0, 1, 2  # WIPE hides everything of the timeline that is old
 
 # Outcomes of one request in a batch.
 OK = 0
-CONFLICT = 1  # conditional write met another version; `versions` has the present one
+CONFLICT = 1  # conditional write met another version; `versions` has one that the timeline has reached
 STALE = 2  # the sender's version is older than the remembered request ids: surely not applied by this attempt
 UNAVAILABLE = 3
 UNKNOWN = 4

@@ -126,6 +126,8 @@ def _campaign(options: argparse.Namespace) -> int:
         counters.update({name: outcome.counters.get(name, 0) for name in COVERAGE})
         if outcome.violations:
             _print_failure(outcome, options.operations)
+        elif outcome.undecided:
+            print(f"seed {outcome.seed}: the checker gave up on {outcome.undecided} timelines", flush=True)
         if failed == MAX_FAILURES:
             print(f"stopped after {failed} failures", flush=True)
             break

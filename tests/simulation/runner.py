@@ -20,6 +20,7 @@ from .trace import TraceLog
 from .workload import Workload
 from .world import World
 
+CHECK_EFFORT = 1_000_000  # configurations of one timeline, before the checker gives up on it
 MAX_VIOLATIONS = 5  # of one run; what comes after the first is mostly its consequence
 START_S = 30.0
 WORK_S = 90.0
@@ -148,7 +149,7 @@ class _Run:
         world.watch.replicas_are_equal()
 
     def _check_history(self) -> None:
-        report = check_history(self.workload.history.operations)
+        report = check_history(self.workload.history.operations, effort=CHECK_EFFORT)
         self.outcome.undecided = len(report.undecided)
         for violation in report.violations:
             self.report("linearizable", f"timeline {violation.timeline}\n{violation.witness}")
