@@ -106,7 +106,11 @@ class Identity:
     def end_learning(self) -> None:
         """Note durably that everything was copied and verified: the replica may vote. Raises OSError."""
         self.learning = False
-        self._save()
+        try:
+            self._save()
+        except OSError:
+            self.learning = True
+            raise
 
     def mark_formatted(self) -> None:
         """Note durably that the Router knows of this folder. Raises OSError."""

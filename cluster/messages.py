@@ -428,7 +428,8 @@ class AskLives(_Message):
 
 
 class Lives(_Message):
-    """Answer to `AskLives`. `life`: the answering replica's own; `votes`: whether it takes part in quorums.
+    """Answer to `AskLives`. `life`: the answering replica's own; `votes`: whether it takes part in quorums, and all
+    that it has noted is durable.
 
     `noted`: durably noted lives of the other replicas.
     """
@@ -461,6 +462,7 @@ class AcceptedList(_Message):
     values: list[Value | None]
     next_bucket: int
     next_cursor: bytes
+    life: Life = NO_LIFE  # that answers
 
 
 class AskDigests(_Message):
@@ -489,6 +491,7 @@ class Digests(_Message):
     digests: bytes
     next_bucket: int
     next_cursor: bytes
+    life: Life = NO_LIFE  # that answers
 
 
 class Mend(_Message):

@@ -118,8 +118,6 @@ class Acceptor:
         entry = timeline.chosen + 1
         self._write_entry(timeline, entry, ballot, value)
         timeline.accepted, timeline.learned = ballot, False
-        if entry == 1:
-            self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
         return timeline.dirty
 
     def learn(self, timeline: Timeline, ballot: Ballot, value: Value) -> None:
@@ -150,6 +148,8 @@ class Acceptor:
             engine.put(chore_key(key, entry), b"")
         timeline.record = decode_record(record)
         timeline.open_bytes = len(record) + sum(map(len, value.values))
+        if entry == 1:
+            self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:

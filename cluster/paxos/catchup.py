@@ -52,10 +52,12 @@ class CatchUp:
 
         For a number of entries and bytes that is bounded, so that who went away holds it up only so long.
         """
+        settings = self.core.settings
+        if timeline.mending and timeline.chosen - timeline.log_low < TRANSFER_TAILS * settings.log_keep_entries:
+            return True  # else the floor would outrun the state that is to replace what is here
         since = self._sending.get(timeline.key)
         if since is None:
             return False
-        settings = self.core.settings
         if (
             timeline.chosen - since < TRANSFER_TAILS * settings.log_keep_entries
             and timeline.log_bytes < TRANSFER_TAILS * settings.log_keep_bytes
@@ -157,6 +159,7 @@ class CatchUp:
         timeline.asked_until = 0.0
         incoming = timeline.incoming
         if message.version < 1 or not self._is_wanted(timeline, message.version):
+            timeline.mending = False
             self._forget(timeline)
             self._release(timeline, now)
             return
@@ -207,8 +210,11 @@ class CatchUp:
 
     @staticmethod
     def _is_wanted(timeline: Timeline, version: int) -> bool:
-        """Whether a state as of `version` is of use: it is ahead, or replaces what is there up to that version."""
-        return timeline.mending or version > timeline.chosen
+        """Whether a state as of `version` is of use: it is ahead, or replaces what is there up to that version.
+
+        One from before the floor would bring back rows whose successors were evicted.
+        """
+        return version > timeline.chosen or (timeline.mending and version >= timeline.floor)
 
     def _install(self, timeline: Timeline, incoming: Incoming) -> None:
         """Replace everything that is known of the timeline up to the state's version, in one write. What is mended may

@@ -414,6 +414,8 @@ class Core:
                 timeline.origin, timeline.ballot = record.origin, record.ballot
         if meta.promised_entry == timeline.chosen + 1:
             timeline.promised = meta.promised
+        if row is None and (timeline.chosen or timeline.record is not None):
+            self.unmarked[key] = timeline
         # What is on disk was read back, but may not have been fsync'd before this process began.
         return timeline
 

@@ -33,7 +33,7 @@ class DigestIndex:
 
     def answer(self, message: AskDigests, owned: Set[int]) -> tuple[Digests, int]:
         """Answer, and the engine batch that must be durable before it leaves."""
-        answer = Digests([], b"", b"", b"", -1, b"")
+        answer = Digests([], b"", b"", b"", -1, b"", self.core.life)
         versions: list[int] = []
         systems: list[int] = []
         digests = bytearray()

@@ -66,7 +66,7 @@ class Learning:
     def accepted_list(self, message: AskAccepted, owned: Set[int]) -> tuple[AcceptedList, int]:
         """Answer, and the engine batch that must be durable before it leaves."""
         self.core.mark_all()
-        answer = AcceptedList([], b"", [], [], [], DONE, b"")
+        answer = AcceptedList([], b"", [], [], [], DONE, b"", self.core.life)
         chosen: list[int] = []
         size = after = 0
         start = b"M" + (message.cursor or bucket_prefix(max(message.bucket, 0)))
@@ -123,6 +123,7 @@ class Learning:
 
     def _adopt(self, timeline: Timeline, wanted: _Wanted) -> None:
         """Make the peer's promise this replica's own, and its accepted value knowledge."""
+        assert timeline.proposal is None, "a learner proposes nothing"
         if timeline.chosen > wanted.chosen:
             return  # decided meanwhile, without any vote of the lost life
         if wanted.accepted > timeline.accepted and wanted.value is not None:

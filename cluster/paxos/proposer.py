@@ -374,7 +374,7 @@ class Proposer:
             if proposal.phase == PREPARE
             else self._accept_message(timeline, proposal)
         )
-        answered = proposal.promises if proposal.phase == PREPARE else proposal.votes
+        answered = self._current(proposal.promises if proposal.phase == PREPARE else proposal.votes)
         first_of_all = proposal.phase == ACCEPT and proposal.entry == 1 and proposal.ballot[0] == 0
         for peer in self.core.peers:
             if peer not in answered:

@@ -140,7 +140,7 @@ class Replica:
         self.acceptor = Acceptor(self.core)
         self.proposer = Proposer(self.core, self.acceptor)
         self.catch_up = CatchUp(self.core, self.acceptor)
-        self.chores = Chores(self.core, self.acceptor, self.links, self.proposer.settle_quietly)
+        self.chores = Chores(self.core, self.acceptor, self.links, self._settle_quietly)
         self.reads = Reads(self.core, self.acceptor, self.links)
         self.scans = Scans(self.core, self.links)
         self.digests = DigestIndex(self.core, self.links)
@@ -304,8 +304,9 @@ class Replica:
 
     def lives(self) -> Lives:
         """Who this replica is, and whom it knows; answered in any state, as far as it is durable."""
-        noted = list(self.core.lives.values()) if self._life_noted_in <= self.core.durable else []
-        return Lives(self.core.life, self.state == VOTING, noted)
+        if self._life_noted_in > self.core.durable:
+            return Lives(self.core.life, False, [])
+        return Lives(self.core.life, self.state == VOTING, list(self.core.lives.values()))
 
     def note_lives(self, lives: Sequence[Life]) -> None:
         """Take over from a peer which lives of the others it has noted, so that a learner fences what it fenced."""
@@ -316,6 +317,7 @@ class Replica:
     def begin_voting(self) -> None:
         """Everything was copied, verified and made durable: take part in quorums."""
         assert self.state == LEARNING, "only a learner begins to vote so"
+        assert not self.proposer.waits_for_disk, "a learner proposes nothing"
         self.state, self.reason = VOTING, ""
 
     def _require_owned(self, timelines: list[bytes]) -> None:
@@ -364,6 +366,11 @@ class Replica:
             except InvalidRequest:
                 self.core.counters.add("malformed_peer_messages")
 
+    def _settle_quietly(self, timeline: Timeline, now: float) -> None:
+        """Settle for a chore. Not while learning: the own promise would be older than what is copied after it."""
+        if self.state == VOTING:
+            self.proposer.settle_quietly(timeline, now)
+
     def _join(self, now: float) -> None:
         """Vote, once every peer has confirmed this life; or one of them, and the other had time to object."""
         everybody = len(self.confirmed) == len(self.core.peers)
@@ -379,6 +386,8 @@ class Replica:
 
     def _note_life(self, life: Life) -> None:
         """Write down the greatest life of a peer. Nothing leaves for it before that is durable."""
+        if life[1] != self.core.lives.get(life[0], NO_LIFE)[1]:
+            self.confirmed.discard(life[0])  # that was an incarnation which is no more
         self.core.lives[life[0]] = life
         self.core.engine.put(life_key(life[0]), _encode_life(life))
         self._life_noted_in = self.core.engine.sequence

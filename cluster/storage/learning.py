@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from ..effects import Call, CallFailed, Script, Sleep
 from ..keys import bucket_of, system_timeline
 from ..messages import (
+    NO_LIFE,
     AcceptedList,
     AskAccepted,
     AskDigests,
@@ -21,6 +22,7 @@ from ..messages import (
     Failure,
     Lives,
     Message,
+    Settle,
     pack_i64,
     unpack_i64,
 )
@@ -34,6 +36,8 @@ CALL_S = 10.0
 ASK_S = 2.0
 RETRY_S = 0.5
 POLL_S = 0.02
+STUCK_S = 5.0
+SETTLE_ROUNDS = 100
 VERIFY_ATTEMPTS = 10  # questions to a peer that does not answer, before the other one's word is enough
 
 
@@ -67,9 +71,12 @@ def ask_lives(nodes: dict[int, str], progress: Progress) -> Script[list[Lives]]:
     while True:
         answers = yield [Call(node, AskLives(), ASK_S) for node in nodes.values()]
         missing = ""
-        for node, answer in zip(nodes.values(), answers, strict=True):
+        noted = [life for answer in answers if isinstance(answer, Lives) for life in answer.noted]
+        for (peer, node), answer in zip(nodes.items(), answers, strict=True):
             if not isinstance(answer, Lives) or not answer.votes:
                 missing = f"{node}: {answer.reason}" if isinstance(answer, CallFailed) else node
+            elif answer.life < max([life for life in noted if life[0] == peer], default=NO_LIFE):
+                missing = f"{node}: what answers is a life of it that is over"
         if not missing:
             progress.reason = ""
             return list(answers)
@@ -119,13 +126,13 @@ class Rejoin:
         while position.bucket != DONE:
             self._note_bucket(position.bucket)
             answer = yield from self._ask(peer, AskAccepted(life, position.bucket, position.cursor))
-            if not isinstance(answer, AcceptedList):
+            if not isinstance(answer, AcceptedList) or not self._is_of_its_life(peer, answer):
                 yield Sleep(RETRY_S)
                 continue
             before = self._received()
             self._step(lambda replica, answer=answer: replica.learning.take(answer))  # type: ignore[misc]
-            while self._step(lambda replica: replica.learning.advance(peer, self._clock())):
-                yield Sleep(POLL_S)
+            if not (yield from self._advance(peer)):
+                continue
             position = Position(answer.next_bucket, answer.next_cursor)
             self._step(lambda replica, to=position: replica.learning.note_position(peer, to))  # type: ignore[misc]
             self.progress.timelines += len(answer.timelines)
@@ -133,6 +140,26 @@ class Rejoin:
             self.progress.bytes += copied
             yield Sleep(copied / self._bytes_per_s)
         self.progress.buckets_done = self.progress.buckets
+
+    def _advance(self, peer: int) -> Script[bool]:
+        """Get what was taken note of. False if nothing comes any more: a peer that restarts may have forgotten that its
+        last entry was chosen, and then what it has is to be asked anew."""
+        left, moved_at = (-1, -1), self._clock()
+        while now_left := self._step(lambda replica: replica.learning.advance(peer, self._clock())):
+            received = self._received()
+            if (now_left, received) != left:
+                left, moved_at = (now_left, received), self._clock()
+            elif self._clock() >= moved_at + STUCK_S:
+                return False
+            yield Sleep(POLL_S)
+        return True
+
+    def _is_of_its_life(self, peer: int, answer: AcceptedList | Digests) -> bool:
+        """Whether the peer that was fenced has answered, and not an old process of it."""
+        known = self._step(lambda replica: replica.core.lives.get(peer))
+        if answer.life != known:
+            self.progress.reason = f"{self._nodes[peer]}: life {answer.life} answers, {known} is known"
+        return answer.life == known
 
     def _received(self) -> int:
         return self._step(lambda replica: replica.core.counters.totals.get("catch_up_bytes", 0))
@@ -147,7 +174,7 @@ class Rejoin:
         while question.bucket != DONE:
             self._note_bucket(question.bucket)
             answer = yield from self._ask(peer, question)
-            if not isinstance(answer, Digests):
+            if not isinstance(answer, Digests) or not self._is_of_its_life(peer, answer):
                 failures += 1
                 if failures >= VERIFY_ATTEMPTS:
                     return False
@@ -157,15 +184,21 @@ class Rejoin:
             self.progress.verified += len(answer.timelines)
             question = AskDigests(answer.next_bucket, answer.next_cursor)
             asked_before = False
+            rounds = 0
             while again := self._compare(peer, answer):
                 yield Sleep(POLL_S)
                 # As of the version that was told, where this replica is by then: of a timeline that is written all the
                 # time the present one is always ahead. Every other time of the present one, should that be gone.
                 asked_before = not asked_before
                 told = dict(zip(answer.timelines, unpack_i64(answer.versions), strict=True))
+                rounds += 1
+                if not rounds % SETTLE_ROUNDS:
+                    # It may have forgotten in a restart that its last entry was chosen, which this replica knows.
+                    entries = pack_i64([told[key] + 1 for key in again])
+                    yield from self._ask(peer, Settle(again, entries, int(1000 * ASK_S)))
                 at = [told[key] if asked_before else -1 for key in again]
                 found = yield from self._ask(peer, AskDigests(0, b"", again, pack_i64(at)))
-                if isinstance(found, Digests):
+                if isinstance(found, Digests) and self._is_of_its_life(peer, found):
                     answer = found
                 else:
                     failures += 1

@@ -167,6 +167,8 @@ class StorageService:
             if not self._may_rejoin:
                 raise
             self._lose(error.message)
+        if not self._identity.learning:
+            self._keep(self._remove_old_engines())  # a crash may have come before
         self._keep(self._do_chores())
         self._keep(self._catch_up())
         self._plan_pump()
@@ -402,8 +404,15 @@ class StorageService:
             return
         self._rejoin_progress = None
         logger.warning("%s votes again, after %.1f s", self.name, self._now() - began)
+        await self._remove_old_engines()
+
+    async def _remove_old_engines(self) -> None:
+        """Remove what earlier incarnations have held; this one has everything and votes."""
         for incarnation in range(1, self._identity.incarnation):
-            await asyncio.to_thread(self._home.remove, incarnation)
+            try:
+                await asyncio.to_thread(self._home.remove, incarnation)
+            except OSError as error:
+                logger.warning("%s can't remove its engine %d: %s", self.name, incarnation, error)
 
     # ------------------------------------------------------------ steps
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from timetier.cluster.carriers.base import Carrier
+from timetier.cluster.carriers.base import CallError, Carrier
 from timetier.cluster.cold import sink_script
 from timetier.cluster.cold.sink_calls import SinkSettings
 from timetier.cluster.cold.sinking import chosen_cut_offs
@@ -42,6 +43,7 @@ from .plan import BUCKETS, TABLE, Planned, stream
 from .world import World
 
 SINK_TIMEOUT_S = 1.0
+SETTLE_ATTEMPTS = 9
 
 
 class Client:
@@ -136,8 +138,11 @@ class Workload:
         next run of the sink would."""
         for timeline, history in sorted(self._world.watch.truth.timelines.items()):
             if is_system(timeline):
-                last = max(history.entries, default=0)
-                await carrier.call(self._world.voters(timeline)[0], Settle([timeline], pack_i64([last]), 2_000), 5.0)
+                question = Settle([timeline], pack_i64([max(history.entries, default=0)]), 2_000)
+                for attempt in range(SETTLE_ATTEMPTS):  # some messages are lost even now, as on any network
+                    with contextlib.suppress(CallError):
+                        await carrier.call(self._world.voters(timeline)[attempt % 3], question, 5.0)
+                        break
 
     # ------------------------------------------------------------ the sink
 
