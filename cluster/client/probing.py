@@ -48,8 +48,10 @@ class Prober:
                         task.add_done_callback(lambda _: self._changed.set())
                 due_at = suspects.next_due(under_way)
                 pause_s = None if due_at is None else max(0.0, due_at - self._view.now())
+                # Not `wait_for`: in Python 3.11 it may swallow a cancellation that comes with its result.
                 with contextlib.suppress(TimeoutError):  # then somebody is due
-                    await asyncio.wait_for(self._changed.wait(), pause_s)
+                    async with asyncio.timeout(pause_s):
+                        await self._changed.wait()
                 under_way = {node: task for node, task in under_way.items() if not task.done()}
         finally:
             for task in under_way.values():
