@@ -82,8 +82,10 @@ class Follower:
     async def _pause(self, pause_s: float) -> None:
         """Wait; a node that refused the map cuts it short, but not below the shortest pause."""
         await asyncio.sleep(min(pause_s, SHORTEST_PAUSE_S))
+        # Not `wait_for`: in Python 3.11 it may swallow a cancellation that comes with its result.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wanted.wait(), max(0.0, pause_s - SHORTEST_PAUSE_S))
+            async with asyncio.timeout(max(0.0, pause_s - SHORTEST_PAUSE_S)):
+                await self._wanted.wait()
 
     def _epoch(self) -> int:
         return self._view.routing.topology.epoch
