@@ -388,7 +388,7 @@ class Interpreter:
 
     def _do_answer(self, command: Command) -> None:
         for name in command.args:
-            for asker, at, message in self._questions(name):
+            for asker, at, message in self.questions(name):
                 if isinstance(message, BlockRead):
                     asker.answer(at, self._shelf.read(message))
                     continue
@@ -396,10 +396,11 @@ class Interpreter:
 
     def _do_fail(self, command: Command) -> None:
         for name in command.args:
-            for asker, at, _ in self._questions(name):
+            for asker, at, _ in self.questions(name):
                 asker.answer(at, None)
 
-    def _questions(self, name: str) -> list[tuple[HandAnswered, int, Message]]:
+    def questions(self, name: str) -> list[tuple[HandAnswered, int, Message]]:
+        """What waits for an answer of a node."""
         askers: list[HandAnswered] = [self._reader, *self._rejoins.values()]
         found = [(asker, *question) for asker in askers for question in asker.waiting(name)]
         if not found:
