@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import itertools
 import re
 import struct
@@ -106,6 +107,16 @@ def priority(timeline: bytes, replicas: int) -> tuple[int, ...]:
     """Replica numbers in the order in which they are to be asked; each order is equally frequent."""
     orders = PERMUTATIONS[replicas]
     return orders[xxhash.xxh3_64_intdigest(timeline, seed=_PRIORITY_SEED) % len(orders)]
+
+
+def digest_seed(secret: str) -> int:
+    """Seed of a cluster's timeline digests, from its secret: who names owners can't make two of one digest."""
+    return int.from_bytes(hashlib.blake2b(secret.encode(), digest_size=8, person=b"timelines").digest(), "little")
+
+
+def timeline_digest(timeline: bytes, seed: int) -> bytes:
+    """16 bytes that stand for a timeline key in questions about versions. `seed`: `digest_seed` of the cluster."""
+    return xxhash.xxh3_128_digest(timeline, seed)
 
 
 def item_key(timestamp: int, item_id: bytes = b"") -> bytes:

@@ -270,6 +270,7 @@ class Checked(_Message):
     floors: list[bytes]
     links: list[Links]
     incarnations: list[int] = []
+    mark: int = 0  # see `Same`
 
 
 class AskVersions(_Message):
@@ -287,6 +288,30 @@ class Versions(_Message):
 
     chosen: bytes
     opens: list[Open]
+    incarnations: list[int] = []
+
+
+class AskSame(_Message):
+    """Is each of these timelines still at the version that I have? Fixed-size columns, so that many cost little.
+
+    `digests`: 16 bytes a timeline (`timeline_digest`). `versions`: int64 column.
+    """
+
+    digests: bytes
+    versions: bytes
+
+
+class Same(_Message):
+    """Answer to `AskSame`: each timeline is at the very version that was named, and nothing has been accepted after it,
+    but for those at `others` (uint32 column of indices), about which this says nothing.
+
+    `mark`: a number of this life of the replica, never one that another replica or life uses, that changes whenever a
+    table's retention horizon moves on here. A page that was proven current at one mark has no expired items at it.
+    `incarnations`: as in `Versions`.
+    """
+
+    others: bytes
+    mark: int
     incarnations: list[int] = []
 
 
@@ -673,6 +698,8 @@ Message = (
     | Checked
     | AskVersions
     | Versions
+    | AskSame
+    | Same
     | Settle
     | Settled
     | PeerBatch
