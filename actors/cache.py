@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+from ..cluster.memory.lanes import limits_of
 from ..cluster.memory.service import CacheService
 from ..cluster.service import Service
 from .shell import NodeActor
@@ -26,6 +27,7 @@ class CacheNode(NodeActor):
             block_cache_bytes=cache.block_cache_mb << 20,
             max_queued_requests=cache.max_queued_requests,
             max_queued_bytes=cache.max_queued_mb << 20,
+            limits=limits_of(cache),
             counters=self.counters,
             seed=secrets.randbits(63),
         )

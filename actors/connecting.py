@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from ..cluster.carriers.base import Carrier
 from ..cluster.carriers.direct import DirectCarrier, host_id
 from ..cluster.client.store import AsyncStore
-from ..cluster.client.view import ClientSettings
+from ..cluster.client.view import ClientSettings, settings_of
 from ..cluster.config import Config
 from ..cluster.errors import ConfigError, InvalidRequest
 from ..cluster.topology import Topology
@@ -91,9 +90,4 @@ async def connect_async(
     else:
         secret = bytes.fromhex(topology.secret)
         chosen = DirectCarrier(secret, host_id=host_id(), tls=client_tls(config.network))
-    return ClusterStore(chosen, topology, link, config, _settings(config))
-
-
-def _settings(config: Config) -> ClientSettings:
-    client = config.client
-    return replace(ClientSettings(), timeout_s=client.timeout_s, attempt_timeout_s=client.attempt_timeout_s)
+    return ClusterStore(chosen, topology, link, config, settings_of(config.client))

@@ -49,6 +49,10 @@ class RayCarrier:
         self.counters.add("calls")
         return await self._node(node).call(frame, timeout_s)
 
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`."""
+        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+
     def send(self, node: str, message: Message) -> bool:
         """Send one way, in order per node. False when too many are on their way."""
         frame = encode(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..cluster.service import Service
 from ..cluster.storage.service import StorageService
+from ..cluster.storage.version_home import open_home
 from .shell import NodeActor
 
 
@@ -15,6 +16,7 @@ class StorageNode(NodeActor):
 
     def make_service(self) -> Service:
         assert self.identity is not None, "the folder is open before the service is made"
+        config = self.config.storage
         self._storage = StorageService(
             name=self.spec.name,
             group=self.spec.group,
@@ -23,8 +25,9 @@ class StorageNode(NodeActor):
             identity=self.identity,
             topology=self.topology,
             carrier=self.carrier,
-            config=self.config.storage,
+            config=config,
             counters=self.counters,
+            versions=open_home(config.version_cache_dir, self.identity, config.version_cache_mb << 20),
         )
         return self._storage
 

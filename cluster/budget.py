@@ -3,11 +3,11 @@
 The budget is the sum of all bounds; usually a node takes far less, because they are not all reached at once. All have
 192 MiB for the process itself (interpreter, libraries, buffers of the allocator), and besides:
 
-- a storage node: `engine_cache_mb`; four times `engine_write_buffer_mb`; `timelines_in_memory` with eight request ids
-  each; what waits to be sent to each peer; and six times `max_queued_mb`, once each for writes under way, for answers
-  that wait for the disk, for pages that it reads while no cache node serves, for replies that nobody reads, for states
-  and for early messages of its peers;
-- a cache node: `budget_mb`; `block_cache_mb`; its queue of reads; 512 MiB being fetched; twice `max_queued_mb`,
+- a storage node: `engine_cache_mb`; four times `engine_write_buffer_mb`; `version_cache_mb`;
+  `timelines_in_memory` with eight request ids each; what waits to be sent to each peer; and six times `max_queued_mb`,
+  once each for writes under way, for answers that wait for the disk, for pages that it reads while no cache node
+  serves, for replies that nobody reads, for states and for early messages of its peers;
+- a cache node: `budget_mb`; `block_cache_mb`; its queue of reads; `max_fetched_mb`; twice `max_queued_mb`,
   for answers under way and for replies that nobody reads;
 - a cold node: 32 MiB for each of its `read_threads`; 128 MiB of pieces to be written; 256 MiB of replies that nobody
   reads.
@@ -28,7 +28,6 @@ CARRIER_QUEUE_MB = 64  # what may wait to be sent to one node
 COLD_REPLIES_MB = 256
 COLD_WRITES_MB = 128
 COLD_PIECE_MB = 32
-FETCHED_MB = 512
 READ_BYTES = 400
 
 
@@ -50,7 +49,7 @@ def budget_mb(tier: str, config: Config) -> int:
     if tier == "storage":
         storage = config.storage
         timeline_bytes = TIMELINE_BYTES + IDS_PER_TIMELINE * ID_BYTES
-        kept = storage.engine_cache_mb + 4 * storage.engine_write_buffer_mb
+        kept = storage.engine_cache_mb + 4 * storage.engine_write_buffer_mb + storage.version_cache_mb
         kept += storage.timelines_in_memory * timeline_bytes >> 20
         peers = storage.replicas - 1
         return PROCESS_MB + kept + 6 * queued + peers * sends_mb(tier, config)
@@ -58,7 +57,7 @@ def budget_mb(tier: str, config: Config) -> int:
         cache = config.cache
         kept = cache.budget_mb + cache.block_cache_mb
         reads = cache.max_queued_requests * READ_BYTES >> 20
-        return PROCESS_MB + kept + reads + 2 * queued + FETCHED_MB + sends_mb(tier, config)
+        return PROCESS_MB + kept + reads + 2 * queued + cache.max_fetched_mb + sends_mb(tier, config)
     return PROCESS_MB + config.cold.read_threads * COLD_PIECE_MB + COLD_WRITES_MB + queued + sends_mb(tier, config)
 
 

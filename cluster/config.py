@@ -117,6 +117,13 @@ class StorageConfig(_Section):
         le=65_536,
         description="MiB of log entries with their values kept per timeline; of older ones the request ids stay",
     )
+    journal_mb: StrictInt = Field(
+        default=256,
+        ge=1,
+        le=65_536,
+        description="MiB of notes which timelines changed, kept for replicas that are away; who was away for longer "
+        "compares all timelines",
+    )
     request_id_entries: StrictInt = Field(
         default=128,
         ge=8,
@@ -147,6 +154,16 @@ class StorageConfig(_Section):
         ge=1,
         le=1 << 30,
         description="MiB of free disk below which a node takes no writes; RocksDB may hang on a disk that is full",
+    )
+    version_cache_mb: StrictInt = Field(
+        default=16,
+        ge=1,
+        le=65_536,
+        description="MiB of version cache per node, 25 bytes a timeline: what it holds is answered without the engine",
+    )
+    version_cache_dir: FullPath = Field(
+        default=Path("/dev/shm"),
+        description="folder of shared memory for it, so that it is warm after a restart of the process",
     )
     rejoin: StrictBool = Field(
         default=True,
@@ -203,6 +220,30 @@ class CacheConfig(_Section):
         le=10_000_000,
         description="requests that may wait in a node; beyond it refuses with Unavailable",
     )
+    batch_reads: StrictInt = Field(
+        default=4_096,
+        ge=1,
+        le=10_000,
+        description="reads that one version check proves at the most; they come from pages in memory",
+    )
+    fetch_reads: StrictInt = Field(
+        default=256,
+        ge=1,
+        le=10_000,
+        description="reads that one fetch from the storage tier serves at the most; they need rows or blocks",
+    )
+    max_fetched_mb: StrictInt = Field(
+        default=512,
+        ge=64,
+        le=65_536,
+        description="MiB of rows and blocks that a node may be fetching at a time: how many fetches go side by side",
+    )
+    stall_ms: StrictInt = Field(
+        default=20,
+        ge=1,
+        le=10_000,
+        description="time after which a batch of reads no longer holds up the next one, in ms",
+    )
 
 
 class ColdConfig(_Section):
@@ -232,7 +273,7 @@ class SinkConfig(_Section):
 
 
 class ClientConfig(_Section):
-    """Deadlines of the client."""
+    """Deadlines of the client, and how it merges calls."""
 
     timeout_s: Seconds = Field(
         default=5.0, ge=0.05, le=3_600, description="seconds after which a call gives up, with retries"
@@ -242,6 +283,34 @@ class ClientConfig(_Section):
         ge=0.01,
         le=3_600,
         description="seconds after which one attempt goes on to the next node; <= timeout_s",
+    )
+    batch_requests: StrictInt = Field(
+        default=1_000,
+        ge=1,
+        le=10_000,
+        description="requests up to which waiting calls are merged into one batch; one call may bring more",
+    )
+    batch_mb: StrictInt = Field(default=16, ge=1, le=32, description="the same in MiB of keys and values to be written")
+    max_batches: StrictInt = Field(
+        default=32,
+        ge=1,
+        le=1_024,
+        description="batches in flight at the most, for each storage group and kind of call",
+    )
+    patience_ms: StrictInt = Field(
+        default=5,
+        ge=1,
+        le=10_000,
+        description="time after which a batch in flight no longer holds up the next one, in ms",
+    )
+    max_queued_requests: StrictInt = Field(
+        default=100_000,
+        ge=100,
+        le=10_000_000,
+        description="requests that may wait, for each storage group and kind of call; beyond it calls get Unavailable",
+    )
+    max_queued_mb: StrictInt = Field(
+        default=64, ge=1, le=65_536, description="the same in MiB of keys and values to be written"
     )
 
     @model_validator(mode="after")
@@ -372,7 +441,7 @@ class Config(_Section):
     cache: CacheConfig = Field(default=CacheConfig(), description="the memory tier")
     cold: ColdConfig = Field(default=ColdConfig(), description="the cold tier")
     sink: SinkConfig = Field(default=SinkConfig(), description="the job that moves old items to the cold tier")
-    client: ClientConfig = Field(default=ClientConfig(), description="deadlines of the client")
+    client: ClientConfig = Field(default=ClientConfig(), description="deadlines of the client, and how it merges calls")
     zones: ZonesConfig | None = Field(
         default=None, description="where nodes live; null = wherever Ray places them, and any two may share a machine"
     )

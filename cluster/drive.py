@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from .carriers.base import CallError, Carrier
@@ -39,29 +40,30 @@ async def _carry_out(effect: list[Call] | Sleep, carrier: Carrier) -> Any:
         await asyncio.sleep(effect.seconds)
         return asyncio.get_running_loop().time()
     if len(effect) == 1:
-        return [await _call(effect[0], carrier)]
+        call = effect[0]
+        return [await _answer(call, carrier.call(call.node, call.message, call.timeout_s))]
     return await _call_all(effect, carrier)
 
 
 async def _call_all(calls: list[Call], carrier: Carrier) -> list[Message | CallFailed]:
-    """Results of calls made in parallel. The first needs no task of its own."""
-    if not calls:
-        return []
-    tasks = [asyncio.create_task(_call(call, carrier)) for call in calls[1:]]
+    """Results of calls made in parallel."""
+    started: list[asyncio.Future[Message]] = []
+    results: list[Message | CallFailed] = []
     try:
-        results = [await _call(calls[0], carrier)]
-        for task in tasks:
-            results.append(await task)
+        for call in calls:
+            started.append(carrier.start(call.node, call.message, call.timeout_s))
+        for call, future in zip(calls, started, strict=True):
+            results.append(await _answer(call, future))
         return results
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for future in started:
+            future.cancel()
+        await asyncio.gather(*started, return_exceptions=True)
         raise
 
 
-async def _call(call: Call, carrier: Carrier) -> Message | CallFailed:
+async def _answer(call: Call, answer: Awaitable[Message]) -> Message | CallFailed:
     try:
-        return await carrier.call(call.node, call.message, call.timeout_s)
+        return await answer
     except CallError as error:
         return CallFailed(call.node, error.message, error.sent)

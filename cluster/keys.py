@@ -40,6 +40,7 @@ _SIGN = 1 << 63
 _BUCKET = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 _END = b"\x00\x01"
+MIN_ITEM_KEY_BYTES = 8 + len(_END)  # of an item without an id
 _MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + len(_END)
 _PRIORITY_SEED = 0x7133  # apart from the bucket's hash, so that priority is even within every bucket
 
@@ -103,10 +104,21 @@ def is_placed_right(timeline: bytes, buckets: int) -> bool:
     return bucket < buckets and (is_system(timeline) or timeline_hash(table, owner) & (buckets - 1) == bucket)
 
 
+def priority_index(timeline: bytes, replicas: int) -> int:
+    """Which of `PERMUTATIONS[replicas]` is the order in which the replicas of a timeline are to be asked."""
+    return xxhash.xxh3_64_intdigest(timeline, seed=_PRIORITY_SEED) % len(PERMUTATIONS[replicas])
+
+
 def priority(timeline: bytes, replicas: int) -> tuple[int, ...]:
     """Replica numbers in the order in which they are to be asked; each order is equally frequent."""
-    orders = PERMUTATIONS[replicas]
-    return orders[xxhash.xxh3_64_intdigest(timeline, seed=_PRIORITY_SEED) % len(orders)]
+    return PERMUTATIONS[replicas][priority_index(timeline, replicas)]
+
+
+def first_replicas(timelines: Sequence[bytes], replicas: int) -> list[int]:
+    """Replica of first priority of each timeline: `priority(timeline, replicas)[0]` of many."""
+    firsts = [order[0] for order in PERMUTATIONS[replicas]]
+    count, digest = len(firsts), xxhash.xxh3_64_intdigest
+    return [firsts[digest(timeline, _PRIORITY_SEED) % count] for timeline in timelines]
 
 
 def digest_seed(secret: str) -> int:

@@ -333,8 +333,11 @@ class Settled(_Message):
 # ---------------------------------------------------------------- storage <-> storage
 
 
-class Value(_Part):
-    """What one log entry decides: mutations and the requests that they serve. `origin` never changes."""
+class Value(_Part, gc=False):
+    """What one log entry decides: mutations and the requests that they serve. `origin` never changes.
+
+    The garbage collector does not look at it (`gc=False`): it is in no cycle, and there are very many.
+    """
 
     origin: Life
     written: int  # microseconds since 1970, by the clock of the origin
@@ -346,6 +349,10 @@ class Value(_Part):
 
 class _Peer(msgspec.Struct, array_like=True, tag=True):
     timeline: bytes
+
+
+class _PeerStep(msgspec.Struct, array_like=True, tag=True):
+    """About many timelines at once."""
 
 
 class Prepare(_Peer):
@@ -374,6 +381,51 @@ class Accept(_Peer):
 class Accepted(_Peer):
     entry: int
     ballot: Ballot
+
+
+class Accepts(_PeerStep):
+    """Accepts of round 0 for many timelines (see `paxos/flights.py`): each says what an `Accept` of it alone would.
+
+    All have the ballot (0, `life`) and values of that origin; `before` is common to all of them too. Parallel to
+    `timelines`: `entries` and `written` (int64), `id_counts` and `counts` (uint32), how many of `request_ids`
+    (16 bytes each) and of the flat columns `kinds`, `keys` and `values` belong to each.
+    """
+
+    number: int  # of the flight, never used twice by one life
+    life: Life
+    before: Ballot
+    timelines: list[bytes]
+    entries: bytes
+    written: bytes
+    id_counts: bytes
+    request_ids: bytes
+    counts: bytes
+    kinds: bytes
+    keys: list[bytes]
+    values: list[bytes]
+
+
+class AcceptedAll(_PeerStep):
+    """All of `Accepts` `number` of `life` are accepted, but for those at `others` (uint32 column of indices), about
+    which this says nothing."""
+
+    number: int
+    life: Life
+    others: bytes
+
+
+class ChosenAll(_PeerStep):
+    """All entries of `Accepts` `number` of `life` were chosen at its ballot."""
+
+    number: int
+    life: Life
+
+
+class Unheard(_PeerStep):
+    """Of what was `ChosenAll`? The sender does not remember such an `Accepts`."""
+
+    number: int
+    life: Life
 
 
 class Nack(_Peer):
@@ -427,7 +479,14 @@ class State(_Peer):
     rows: list[bytes]
 
 
-PeerMessage = Prepare | Promise | Accept | Accepted | Nack | Chosen | Fetch | Entries | State
+SingleMessage = Prepare | Promise | Accept | Accepted | Nack | Chosen | Fetch | Entries | State
+PeerMessage = (
+    SingleMessage
+    | Accepts
+    | AcceptedAll
+    | ChosenAll
+    | Unheard
+)
 
 
 class PeerBatch(_Message):
@@ -446,6 +505,35 @@ class AskChosen(_Message):
 
     bucket: int
     cursor: bytes
+
+
+Position = tuple[int, int, int]
+"""(incarnation, boot, number): a place in one replica's journal of changes. They grow."""
+
+
+class AskChanged(_Message):
+    """Catch-up: which timelines have changed at you since the position up to which I have compared myself with you?
+
+    `replica`: who asks. `safe`: such a position that is durable at the asker; what was before it is of no use any more.
+    """
+
+    replica: int
+    since: Position
+    safe: Position
+
+
+class ChangedList(_Message):
+    """Answer to `AskChanged`: `chosen` (int64) says how far each of the timelines is here.
+
+    `reached`: position up to which the answer tells of every change; `more`: there are others after it. Not `whole`: the
+    journal does not reach back to the position; who compares all timelines after this answer goes on from `reached`.
+    """
+
+    timelines: list[bytes]
+    chosen: bytes
+    reached: Position
+    more: bool
+    whole: bool
 
 
 class AskLives(_Message):
@@ -705,6 +793,8 @@ Message = (
     | PeerBatch
     | AskChosen
     | ChosenList
+    | AskChanged
+    | ChangedList
     | AskLives
     | Lives
     | AskAccepted

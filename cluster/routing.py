@@ -19,7 +19,7 @@ import xxhash
 
 from .cold.link import cold_order
 from .errors import InvalidRequest
-from .keys import PERMUTATIONS, bucket_of, buckets_of, priority
+from .keys import PERMUTATIONS, bucket_of, buckets_of, first_replicas, priority
 from .static_map import StaticMap
 from .topology import TablePolicy, Topology
 
@@ -118,6 +118,15 @@ class Routing:
         """
         names = self._storage_names[self.storage_group_of(_bucket(timeline))]
         return [names[replica] for replica in priority(timeline, len(names))]
+
+    def first_storage_nodes(self, timelines: Sequence[bytes]) -> list[str]:
+        """Name of the replica of first priority of each timeline. Raises InvalidRequest."""
+        replicas = first_replicas(timelines, self.topology.storage_replicas)
+        if self.topology.storage_groups == 1:
+            names = self._storage_names[0]
+            return [names[replica] for replica in replicas]
+        groups = self.storage_groups(timelines)
+        return [self._storage_names[group][replica] for group, replica in zip(groups, replicas, strict=True)]
 
     def cache_order(self, timeline: bytes) -> list[str]:
         """Names of the cache nodes of a timeline's group, in the order in which to ask them.

@@ -16,7 +16,15 @@ import google_crc32c
 from timetier.cluster.cold.block import FileBuilder
 from timetier.cluster.cold.block import Rows as BlockRows
 from timetier.cluster.effects import Call, CallFailed, Script, Sleep
-from timetier.cluster.keys import MIN_TIMESTAMP, item_key, split_item_key, timeline_key, timestamp_floor
+from timetier.cluster.keys import (
+    MIN_TIMESTAMP,
+    digest_seed,
+    item_key,
+    split_item_key,
+    timeline_digest,
+    timeline_key,
+    timestamp_floor,
+)
 from timetier.cluster.messages import (
     DELETE,
     DELTA,
@@ -27,6 +35,7 @@ from timetier.cluster.messages import (
     SAME,
     UNAVAILABLE,
     WIPE,
+    AskSame,
     AskVersions,
     Ballot,
     BlockBytes,
@@ -40,6 +49,7 @@ from timetier.cluster.messages import (
     Open,
     Ping,
     Pong,
+    Same,
     Settle,
     Settled,
     Versions,
@@ -53,6 +63,7 @@ from timetier.cluster.messages import (
 from timetier.cluster.topology import Topology
 
 BUCKETS = 128
+DIGEST_SEED = digest_seed("00")  # of `topology`
 WINDOW = 10
 Mutation = tuple[int, bytes, bytes]  # kind, item key, value
 Entry = list[Mutation]
@@ -306,6 +317,8 @@ class World:
         if isinstance(message, AskVersions):
             chosen = [replica.applied.get(t, 0) for t in message.timelines]
             return Versions(pack_i64(chosen), self._opens(replica, message.timelines))
+        if isinstance(message, AskSame):
+            return self._same(replica, message)
         if isinstance(message, Settle):
             pairs = [
                 self.settle(replica.number, t, e)
@@ -314,6 +327,21 @@ class World:
             return Settled(bytes(p[0] for p in pairs), pack_i64([p[1] for p in pairs]))
         assert isinstance(message, Check)
         return self._check(replica, message)
+
+    def _same(self, replica: Replica, message: AskSame) -> Same:
+        digests = [message.digests[at : at + 16] for at in range(0, len(message.digests), 16)]
+        named = {timeline_digest(timeline, DIGEST_SEED): timeline for timeline in self.truth}
+        others = [
+            index
+            for index, (digest, version) in enumerate(zip(digests, unpack_i64(message.versions), strict=True))
+            if digest not in named
+            or named[digest] in replica.accepted
+            or replica.applied.get(named[digest], 0) != version
+        ]
+        return Same(pack_u32(others), self._mark(replica))
+
+    def _mark(self, replica: Replica) -> int:
+        return (self.horizon - MIN_TIMESTAMP) % (1 << 60) * 5 + replica.number
 
     def _opens(self, replica: Replica, timelines: list[bytes]) -> list[Open]:
         return [Open(i, replica.accepted[t][0]) for i, t in enumerate(timelines) if t in replica.accepted]
@@ -352,6 +380,7 @@ class World:
             pack_i64([self.horizon] * len(chosen)),
             floors,
             links,
+            mark=self._mark(replica),
         )
 
     def _answers_as_of(self, replica: Replica, timeline: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
@@ -42,6 +43,9 @@ class Carrier(Protocol):
         The frame reaches the node once at the most. Writes rely on that: were it to come again when W further entries
         are there, the answer "stale" would look as if nothing had been applied.
         """
+
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`, for whoever makes several at once; await the future, or cancel it, as one would the call."""
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way, best effort, in order per node. False if it was dropped (no connection, full queue)."""

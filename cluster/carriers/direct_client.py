@@ -9,6 +9,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ..counters import Counters
 from ..errors import ProtocolError
@@ -72,7 +73,21 @@ class DirectCarrier:
             started_s = asyncio.get_running_loop().time()
             connection = await peer.connect(timeout_s)
             timeout_s -= asyncio.get_running_loop().time() - started_s
-        return await connection.call(frame, timeout_s)
+        return await connection.begin(frame, timeout_s)
+
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`; on an open connection that takes no task."""
+        loop = asyncio.get_running_loop()
+        peer = self._peers.get(node)
+        if peer is None or peer.connection is None:
+            return loop.create_task(self.call(node, message, timeout_s))
+        self.counters.add("calls")
+        try:
+            return peer.connection.begin(encode(message), timeout_s)
+        except CallError as error:
+            failed: asyncio.Future[Message] = loop.create_future()
+            failed.set_exception(error)
+            return failed
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way. While the connection is being opened the frame waits for it, within `max_queue_bytes`."""
@@ -239,6 +254,14 @@ class Peer:
         return connection
 
 
+class _InFlight(NamedTuple):
+    """A call that waits for its answer."""
+
+    answer: asyncio.Future[Message]
+    deadline_s: float
+    timeout_s: float
+
+
 class ClientConnection(FrameConnection):
     """An open connection to one node, with the calls in flight on it."""
 
@@ -249,11 +272,12 @@ class ClientConnection(FrameConnection):
         self._peer = peer
         self._name = name
         self._max_queue_bytes = carrier.max_queue_bytes
-        self._calls: dict[int, asyncio.Future[Message]] = {}
+        self._calls: dict[int, _InFlight] = {}
         self._last_id = 0
+        self._timer: asyncio.TimerHandle | None = None  # one for all calls: most are answered long before
 
-    async def call(self, frame: bytes, timeout_s: float) -> Message:
-        """Send a request and wait for its answer. Raises CallError."""
+    def begin(self, frame: bytes, timeout_s: float) -> asyncio.Future[Message]:
+        """Send a request; the future has its answer, or CallError. Raises CallError when it can't be sent."""
         if self.closing:
             raise CallError(f"the connection to {self._name} ended: {self.end_reason}", sent=False)
         if timeout_s <= 0:
@@ -262,14 +286,12 @@ class ClientConnection(FrameConnection):
             raise CallError(f"too much waits to be sent to {self._name}", sent=False)
         self._last_id = call_id = self._last_id + 1
         future: asyncio.Future[Message] = self.loop.create_future()
-        self._calls[call_id] = future
+        deadline_s = self.loop.time() + timeout_s
+        self._calls[call_id] = _InFlight(future, deadline_s, timeout_s)
         self.write_frame(call_id, REQUEST, frame)
-        timer = self.loop.call_later(timeout_s, self._expire, call_id, timeout_s)
-        try:
-            return await future
-        finally:
-            timer.cancel()
-            self._calls.pop(call_id, None)
+        if self._timer is None or deadline_s < self._timer.when():
+            self._wake_at(deadline_s)
+        return future
 
     def send(self, frame: bytes) -> bool:
         """Send one way. False when too much waits already."""
@@ -292,12 +314,12 @@ class ClientConnection(FrameConnection):
             call_id, kind, payload = frame
             if kind != REPLY or call_id > self._last_id:
                 raise FrameError("malformed_frames", "a frame that answers nothing")
-            future = self._calls.get(call_id)
-            if future is None or future.done():
+            call = self._calls.pop(call_id, None)
+            if call is None or call.answer.done():
                 self.counters.add("late_replies")
                 continue
             try:
-                future.set_result(decode_answer(payload))
+                call.answer.set_result(decode_answer(payload))
             except ProtocolError as error:
                 raise FrameError("malformed_frames", str(error)) from None
 
@@ -310,12 +332,30 @@ class ClientConnection(FrameConnection):
         self._peer.lost(self, reason)
 
     def _fail_calls(self, reason: str) -> None:
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(CallError(f"the connection to {self._name} ended: {reason}", sent=True))
+        for call in self._calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(CallError(f"the connection to {self._name} ended: {reason}", sent=True))
+        self._calls.clear()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _expire(self, call_id: int, timeout_s: float) -> None:
-        future = self._calls.get(call_id)
-        if future is not None and not future.done():
-            self.counters.add("timeouts")
-            future.set_exception(CallError(f"no answer of {self._name} within {timeout_s:.3f} s", sent=True))
+    def _wake_at(self, deadline_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        """Fail the calls whose time is over, and forget those that nobody waits for any more."""
+        self._timer = None
+        now_s = self.loop.time()
+        over = [
+            (number, call) for number, call in self._calls.items() if call.answer.done() or call.deadline_s <= now_s
+        ]
+        for number, call in over:
+            del self._calls[number]
+            if not call.answer.done():
+                self.counters.add("timeouts")
+                reason = f"no answer of {self._name} within {call.timeout_s:.3f} s"
+                call.answer.set_exception(CallError(reason, sent=True))
+        if self._calls:
+            self._wake_at(min(call.deadline_s for call in self._calls.values()))

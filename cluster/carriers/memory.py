@@ -174,6 +174,10 @@ class MemoryCarrier:
         except TimeoutError:
             raise CallError(f"no answer of {node} within {timeout_s:.3f} s", sent=True) from None
 
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`."""
+        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+
     def send(self, node: str, message: Message) -> bool:
         """Send one way, in order per node."""
         frame = encode(message)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ from ..keys import (
     MAX_BATCH_ITEMS,
     MAX_TABLE_BYTES,
     MAX_TIMESTAMP,
+    MAX_VALUE_BYTES,
+    MIN_ITEM_KEY_BYTES,
     MIN_TIMESTAMP,
     TABLE_NAME,
     check_id,
@@ -33,7 +36,8 @@ from ..keys import (
     timestamp_floor,
 )
 from ..messages import DELETE, PUT, WIPE
-from .scripts import ItemQuery, ItemResult, PageQuery, PageResult, WriteRequest
+from .item_reads import ItemQueries, ItemResults
+from .scripts import REQUEST_BYTES, PageQuery, PageResult, WriteRequest
 
 T = TypeVar("T")
 
@@ -84,6 +88,8 @@ class ItemAddress(NamedTuple):
     timestamp: int
     id: bytes | str = b""
 
+
+_new_item: Callable[[tuple[int, bytes, bytes, int, int]], Item] = partial(tuple.__new__, Item)  # as `_make`, but in C
 
 AddressLike = ItemAddress | tuple[str | bytes, int] | tuple[str | bytes, int, bytes | str]
 PutLike = Put | tuple[str | bytes, int, bytes] | tuple[str | bytes, int, bytes, bytes | str]
@@ -192,7 +198,7 @@ def delete_request(
     if_version: int | None,
 ) -> WriteRequest:
     """Request that deletes one item. Raises InvalidRequest or TooLarge."""
-    timeline, key = item_query(table, buckets, address)
+    timeline, key = item_address(table, buckets, address)
     return WriteRequest(timeline, bytes((DELETE,)), [key], [b""], checked_if_version(if_version))
 
 
@@ -204,59 +210,86 @@ def wipe_request(table: bytes, buckets: int, owner: str | bytes, if_version: int
 
 def put_requests(table: bytes, buckets: int, items: Iterable[PutLike]) -> ManyWrites:
     """Requests that write many items; of two with one key the later wins. Raises InvalidRequest or TooLarge."""
-    rows: list[tuple[str | bytes, bytes, bytes]] = []
+    grouping = _Grouping(table, buckets, PUT)
     for item in _each("items", items):
-        _check_count(len(rows) + 1)
         try:
-            owner, timestamp, value, item_id = item if type(item) is Put else Put(*item)
-            rows.append((owner, checked_key(timestamp, item_id), check_value(value)))
+            if type(item) is tuple and len(item) == 3:
+                owner, timestamp, value = item
+                key = checked_key(timestamp, b"")
+            else:
+                owner, timestamp, value, item_id = item if type(item) is Put else Put(*item)
+                key = checked_key(timestamp, item_id)
+            if type(value) is not bytes or len(value) > MAX_VALUE_BYTES:
+                check_value(value)
+            grouping.add(owner, key, value)
         except TypeError:
-            raise _at(len(rows), InvalidRequest(f"{_shown(item)}: pass Put(owner, timestamp, value, id=b'')")) from None
+            raise grouping.at(InvalidRequest(f"{_shown(item)}: pass Put(owner, timestamp, value, id=b'')")) from None
         except Rejected as error:
-            raise _at(len(rows), error) from None
-    return _grouped(table, buckets, rows, PUT)
+            raise grouping.at(error) from None
+    return grouping.writes()
 
 
 def delete_requests(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ManyWrites:
     """Requests that delete many items. Raises InvalidRequest or TooLarge."""
-    rows: list[tuple[str | bytes, bytes, bytes]] = []
+    grouping = _Grouping(table, buckets, DELETE)
     for address in _each("keys", addresses):
-        _check_count(len(rows) + 1)
-        owner, timestamp, item_id = _unpack(len(rows), address)
+        owner, timestamp, item_id = _unpack(len(grouping.places), address)
         try:
-            rows.append((owner, checked_key(timestamp, item_id), b""))
+            grouping.add(owner, checked_key(timestamp, item_id), b"")
         except Rejected as error:
-            raise _at(len(rows), error) from None
-    return _grouped(table, buckets, rows, DELETE)
+            raise grouping.at(error) from None
+    return grouping.writes()
 
 
-def item_query(table: bytes, buckets: int, address: tuple[str | bytes, int, bytes | str]) -> ItemQuery:
-    """Query for one item. Raises InvalidRequest or TooLarge."""
+class ItemAddresses(NamedTuple):
+    """Queries for many items, with the timestamp and the id of each, from which the items are made."""
+
+    queries: ItemQueries
+    timestamps: list[int]
+    ids: list[bytes]
+
+    def to_items(self, results: ItemResults) -> list[Item | None]:
+        """Items of the answers, None where there is none."""
+        columns = zip(self.timestamps, results.values, self.ids, results.versions, results.written, strict=True)
+        if all(results.found):
+            return list(map(Item._make, columns))
+        return [Item._make(column) if found else None for found, column in zip(results.found, columns, strict=True)]
+
+
+def item_address(table: bytes, buckets: int, address: tuple[str | bytes, int, bytes | str]) -> tuple[bytes, bytes]:
+    """Timeline key and item key of one item. Raises InvalidRequest or TooLarge."""
     owner, timestamp, item_id = address
     key = checked_key(timestamp, item_id)
-    return ItemQuery(timeline_key(table, owner_bytes(owner), buckets), key)
+    return timeline_key(table, owner_bytes(owner), buckets), key
 
 
-def item_queries(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> list[ItemQuery]:
+def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ItemAddresses:
     """Queries for many items. Raises InvalidRequest or TooLarge."""
-    queries: list[ItemQuery] = []
-    timelines: dict[str | bytes, bytes] = {}  # many items of one owner are common
+    timelines: list[bytes] = []
+    keys: list[bytes] = []
+    timestamps: list[int] = []
+    ids: list[bytes] = []
+    timeline_of: dict[str | bytes, bytes] = {}  # many items of one owner are common
     for address in _each("keys", addresses):
         if type(address) is tuple and len(address) == 2:
             owner, timestamp = address
             item_id: bytes | str = b""
         else:
-            owner, timestamp, item_id = _unpack(len(queries), address)
+            owner, timestamp, item_id = _unpack(len(keys), address)
         try:
             key = checked_key(timestamp, item_id)
-            timeline = timelines.get(owner) if isinstance(owner, (str, bytes)) else None
+            timeline = timeline_of.get(owner) if isinstance(owner, (str, bytes)) else None
             if timeline is None:
-                timeline = timelines[owner] = timeline_key(table, owner_bytes(owner), buckets)
+                timeline = timeline_of[owner] = timeline_key(table, owner_bytes(owner), buckets)
         except Rejected as error:
-            raise _at(len(queries), error) from None
-        queries.append(ItemQuery(timeline, key))
-        _check_count(len(queries))
-    return queries
+            raise _at(len(keys), error) from None
+        timelines.append(timeline)
+        keys.append(key)
+        timestamps.append(timestamp if type(timestamp) is int else checked_timestamp(timestamp))
+        ids.append(_item_id(key) if item_id else b"")
+        if len(keys) > MAX_BATCH_ITEMS:
+            _check_count(len(keys))
+    return ItemAddresses(ItemQueries(timelines, keys), timestamps, ids)
 
 
 def page_query(table: bytes, buckets: int, owner: str | bytes, before: bytes, limit: int) -> PageQuery:
@@ -278,30 +311,41 @@ def page_queries(table: bytes, buckets: int, owners: Iterable[str | bytes], limi
     return queries
 
 
-def to_item(key: bytes, result: ItemResult) -> Item | None:
-    """Item of an answer, None if there is none."""
-    if not result.found:
+def to_item(key: bytes, results: ItemResults) -> Item | None:
+    """Item of an answer about one, None if there is none."""
+    if not results.found[0]:
         return None
     timestamp, item_id = split_item_key(key)
-    return Item(timestamp, result.value, item_id, result.version, result.written_us)
+    return Item(timestamp, results.values[0], item_id, results.versions[0], results.written[0])
 
 
-def to_items(keys: Sequence[bytes], results: Sequence[ItemResult]) -> list[Item | None]:
-    """Items of answers, None where there is none."""
-    timestamps: list[int] = item_keys_timestamps(keys).tolist()
-    return [
-        Item(timestamp, result.value, _item_id(key), result.version, result.written_us) if result.found else None
-        for timestamp, key, result in zip(timestamps, keys, results, strict=True)
-    ]
+def to_pages(results: Sequence[PageResult]) -> list[Page]:
+    """Pages of answers."""
+    keys = [key for result in results for key in result.keys]
+    rows = zip(
+        item_keys_timestamps(keys).tolist() if keys else (),
+        [value for result in results for value in result.values],
+        _item_ids(keys),
+        [version for result in results for version in result.versions],
+        [written for result in results for written in result.written_us],
+        strict=True,
+    )
+    items = list(map(_new_item, rows))
+    pages = []
+    low = 0
+    for result in results:
+        high = low + len(result.keys)
+        token = encode_token(result.keys[-1]) if result.more else None
+        pages.append(Page(items[low:high], result.version, token))
+        low = high
+    return pages
 
 
-def to_page(result: PageResult) -> Page:
-    """Page of an answer."""
-    keys = result.keys
-    timestamps: list[int] = item_keys_timestamps(keys).tolist() if keys else []
-    columns = zip(timestamps, result.values, map(_item_id, keys), result.versions, result.written_us, strict=True)
-    token = encode_token(keys[-1]) if result.more else None
-    return Page(list(map(Item._make, columns)), result.version, token)
+def _item_ids(keys: Sequence[bytes]) -> list[bytes]:
+    """Ids of item keys; most have none, which shows in their length."""
+    if sum(map(len, keys)) == MIN_ITEM_KEY_BYTES * len(keys):
+        return [b""] * len(keys)
+    return list(map(_item_id, keys))
 
 
 def _item_id(key: bytes) -> bytes:
@@ -309,36 +353,63 @@ def _item_id(key: bytes) -> bytes:
     return item_id if b"\x00" not in item_id else split_item_key(key)[1]
 
 
-def _grouped(table: bytes, buckets: int, rows: Sequence[tuple[str | bytes, bytes, bytes]], kind: int) -> ManyWrites:
-    """One request per timeline, in the order of first appearance."""
-    place_of_owner: dict[str | bytes, int] = {}
-    place_of_timeline: dict[bytes, int] = {}
-    columns: list[dict[bytes, bytes]] = []
-    places: list[int] = []
-    size_bytes = 0
-    for position, (owner, key, value) in enumerate(rows):
-        place = place_of_owner.get(owner) if isinstance(owner, (str, bytes)) else None
+class _Grouping:
+    """One request per timeline, in the order of first appearance; of two items with one key the later wins.
+
+    Most timelines of a large call have one item in it, so only those with more get a dictionary.
+    """
+
+    def __init__(self, table: bytes, buckets: int, kind: int) -> None:
+        self.places: list[int] = []
+        self._table = table
+        self._buckets = buckets
+        self._kind = bytes((kind,))
+        self._requests: list[WriteRequest] = []
+        self._place_of_owner: dict[str | bytes, int] = {}
+        self._place_of_timeline: dict[bytes, int] = {}
+        self._several: dict[int, dict[bytes, bytes]] = {}  # items of the timelines that have more than one
+        self._size_bytes = 0
+
+    def add(self, owner: str | bytes, key: bytes, value: bytes) -> None:
+        """Add a mutation. Raises InvalidRequest or TooLarge, for the owner or for the number of items."""
+        count = len(self.places)
+        if count >= MAX_BATCH_ITEMS:
+            _check_count(count + 1)
+        place = self._place_of_owner.get(owner) if isinstance(owner, (str, bytes)) else None
         if place is None:
-            try:
-                timeline = timeline_key(table, owner_bytes(owner), buckets)
-            except Rejected as error:
-                raise _at(position, error) from None
-            place = place_of_owner[owner] = place_of_timeline.setdefault(timeline, len(columns))
-            if place == len(columns):
-                columns.append({})
-        columns[place][key] = value
-        places.append(place)
-        size_bytes += len(owner) + len(key) + len(value)
-    if size_bytes > MAX_BATCH_BYTES:
-        raise TooLarge(
-            f"{len(rows)} items of {size_bytes} bytes: a call takes at most {MAX_BATCH_BYTES} bytes: split it",
-            limit=MAX_BATCH_BYTES,
-        )
-    requests = [
-        WriteRequest(timeline, bytes((kind,)) * len(column), list(column), list(column.values()))
-        for timeline, column in zip(place_of_timeline, columns, strict=True)
-    ]
-    return ManyWrites(requests, places)
+            timeline = timeline_key(self._table, owner_bytes(owner), self._buckets)
+            place = self._place_of_owner[owner] = self._place_of_timeline.setdefault(timeline, len(self._requests))
+        size = len(key) + len(value)
+        self._size_bytes += len(owner) + size
+        self.places.append(place)
+        if place == len(self._requests):
+            size += REQUEST_BYTES + len(timeline)
+            self._requests.append(WriteRequest(timeline, self._kind, [key], [value], known_size_bytes=size))
+            return
+        request = self._requests[place]
+        request.known_size_bytes += size
+        column = self._several.get(place)
+        if column is None:
+            column = self._several[place] = {request.keys[0]: request.values[0]}
+        column[key] = value
+
+    def at(self, error: Rejected) -> Rejected:
+        """An error of the item that comes next, with its position."""
+        return error if len(self.places) >= MAX_BATCH_ITEMS else _at(len(self.places), error)
+
+    def writes(self) -> ManyWrites:
+        """The requests. Raises TooLarge when they are more than a call takes."""
+        if self._size_bytes > MAX_BATCH_BYTES:
+            raise TooLarge(
+                f"{len(self.places)} items of {self._size_bytes} bytes: a call takes at most {MAX_BATCH_BYTES} bytes: "
+                "split it",
+                limit=MAX_BATCH_BYTES,
+            )
+        for place, column in self._several.items():
+            request = self._requests[place]
+            request.kinds = self._kind * len(column)
+            request.keys, request.values = [*column], [*column.values()]
+        return ManyWrites(self._requests, self.places)
 
 
 def _unpack(position: int, address: AddressLike) -> ItemAddress:

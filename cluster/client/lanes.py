@@ -13,28 +13,76 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import InvalidRequest, TimeTierError, Unavailable
 from ..gate import RETRY_AFTER_S
 
-Q = TypeVar("Q")
-R = TypeVar("R")
+
+class Sliced(Sized, Protocol):
+    """Results in the order of their requests, as a list or as columns."""
+
+    def __getitem__(self, part: slice, /) -> Any:
+        """A part of them, of the same kind."""
+
+
+Q = TypeVar("Q", bound=Sized)
+R = TypeVar("R", bound=Sliced)
+
+
+class Shape(Protocol[Q, R]):
+    """How the requests of calls are put together, and results taken apart: `Q` holds requests, `R` results."""
+
+    def merged(self, calls: Sequence[Q]) -> Q:
+        """Requests of several calls as those of one."""
+
+    def taken(self, requests: Q, indices: Sequence[int]) -> Q:
+        """The requests at these indices."""
+
+    def gathered(self, count: int, parts: Iterable[tuple[Sequence[int], R]]) -> R:
+        """`count` results from parts of them, each with the indices at which its results belong."""
+
+    def failed(self, count: int, error: TimeTierError) -> R:
+        """The same error for all."""
+
+
+class Rows:
+    """Requests and results as plain lists."""
+
+    def merged(self, calls: Sequence[list[Any]]) -> list[Any]:
+        return [one for call in calls for one in call]
+
+    def taken(self, requests: list[Any], indices: Sequence[int]) -> list[Any]:
+        return [requests[index] for index in indices]
+
+    def gathered(self, count: int, parts: Iterable[tuple[Sequence[int], list[Any]]]) -> list[Any]:
+        results: list[Any] = [None] * count
+        for indices, part in parts:
+            for index, result in zip(indices, part, strict=True):
+                results[index] = result
+        return results
+
+    def failed(self, count: int, error: TimeTierError) -> list[Any]:
+        return [error] * count
+
+
+ROWS = Rows()
 
 
 @dataclass(frozen=True, slots=True)
 class LaneLimits:
     """Bounds of one lane.
 
-    `batch_items`: calls are merged up to this many requests (a single call may have more). `big_items`: from this
-    many waiting requests on, up to `big_batches` batches fly side by side. `max_batches`: bound on all batches in
-    flight. `patience_s`: a batch that takes longer no longer holds the next one back. `queued_items`,
-    `queued_bytes`: what may wait. `max_wait_s`: how long a call may wait before it fails.
+    `batch_items`, `batch_bytes`: calls are merged up to this many requests and bytes (a single call may have more).
+    `big_items`: from this many waiting requests on, up to `big_batches` batches fly side by side. `max_batches`: bound
+    on all batches in flight. `patience_s`: a batch that takes longer no longer holds the next one back.
+    `queued_items`, `queued_bytes`: what may wait. `max_wait_s`: how long a call may wait before it fails.
     """
 
     batch_items: int = 1_000
+    batch_bytes: int = 16 << 20
     big_items: int = 256
     big_batches: int = 4
     max_batches: int = 32
@@ -46,20 +94,24 @@ class LaneLimits:
 
 @dataclass(slots=True)
 class _Waiting(Generic[Q, R]):
-    requests: Sequence[Q]
+    requests: Q
     size_bytes: int
     since: float
-    answer: asyncio.Future[Sequence[R]]
+    answer: asyncio.Future[R]
 
 
 class Lane(Generic[Q, R]):
-    """Merges calls into batches. `run_batch` takes requests and returns their results in the same order."""
+    """Merges calls into batches. `run_batch` takes requests and returns their results in the same order; `shape` puts
+    requests together and takes results apart."""
 
     def __init__(
         self,
-        run_batch: Callable[[Sequence[Q]], Awaitable[Sequence[R]]],
+        run_batch: Callable[[Q], Awaitable[R]],
         limits: LaneLimits | None = None,
+        *,
+        shape: Shape[Any, Any] = ROWS,
     ) -> None:
+        self._shape = shape
         self.limits = limits or LaneLimits()
         self.queued_items = 0
         self.queued_bytes = 0
@@ -72,7 +124,7 @@ class Lane(Generic[Q, R]):
         self._idle.set()
         self._closed = False
 
-    async def submit(self, requests: Sequence[Q], size_bytes: int = 0) -> Sequence[R]:
+    async def submit(self, requests: Q, size_bytes: int = 0) -> R:
         """Results of the requests. Raises Unavailable, with nothing sent, when the queue is full.
 
         A caller that is cancelled before its requests were sent takes them back; afterwards only their results go.
@@ -163,20 +215,28 @@ class Lane(Generic[Q, R]):
 
     def _start_next(self) -> None:
         calls: list[_Waiting[Q, R]] = []
-        items = 0
-        while self._queue and (not calls or items + len(self._queue[0].requests) <= self.limits.batch_items):
+        items = size = 0
+        while self._queue and (not calls or self._fits(self._queue[0], items, size)):
             waiting = self._pop()
             if not waiting.answer.done():  # else its caller has gone
                 calls.append(waiting)
                 items += len(waiting.requests)
+                size += waiting.size_bytes
         if calls:
             self._took_off()
             task = asyncio.get_running_loop().create_task(self._fly(calls))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _fits(self, waiting: _Waiting[Q, R], items: int, size: int) -> bool:
+        """Whether a call may join a batch that has `items` requests of `size` bytes."""
+        limits = self.limits
+        return items + len(waiting.requests) <= limits.batch_items and size + waiting.size_bytes <= limits.batch_bytes
+
     async def _fly(self, calls: list[_Waiting[Q, R]]) -> None:
-        requests = calls[0].requests if len(calls) == 1 else [one for call in calls for one in call.requests]
+        requests = calls[0].requests
+        if len(calls) > 1:
+            requests = self._shape.merged([call.requests for call in calls])
         try:
             results = await self._run_batch(requests)
         except asyncio.CancelledError:
@@ -203,43 +263,45 @@ class Lanes(Generic[Q, R]):
 
     def __init__(
         self,
-        run_batch: Callable[[Sequence[Q]], Awaitable[Sequence[R]]],
-        size_bytes: Callable[[Sequence[Q]], int],
+        run_batch: Callable[[Q], Awaitable[R]],
+        size_bytes: Callable[[Q], int],
         limits: LaneLimits | None = None,
+        *,
+        shape: Shape[Any, Any] = ROWS,
     ) -> None:
         self._run_batch = run_batch
         self._size_bytes = size_bytes
+        self._shape = shape
         self._limits = limits or LaneLimits()
         self._lanes: dict[int, Lane[Q, R]] = {}
 
-    async def submit(self, groups: Sequence[int], requests: Sequence[Q]) -> list[R | TimeTierError]:
-        """Results of the requests, `groups[i]` being the group of `requests[i]`.
+    async def submit(self, groups: Sequence[int], requests: Q) -> R:
+        """Results of the requests, `groups[i]` being the group of the request at index i.
 
         A full queue is an error in the results of its group only: other groups may have been written to.
         """
         first = groups[0]
         if groups.count(first) == len(groups):
-            return list(await self._submit_part(first, requests))
+            return await self._submit_part(first, requests)
         parts: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
             parts.setdefault(group, []).append(index)
+        shape = self._shape
         answers = await asyncio.gather(
-            *[self._submit_part(group, [requests[i] for i in indices]) for group, indices in parts.items()]
+            *[self._submit_part(group, shape.taken(requests, indices)) for group, indices in parts.items()]
         )
-        results: list[Any] = [None] * len(requests)
-        for indices, answer in zip(parts.values(), answers, strict=True):
-            for index, result in zip(indices, answer, strict=True):
-                results[index] = result
+        results: R = shape.gathered(len(requests), zip(parts.values(), answers, strict=True))
         return results
 
-    async def _submit_part(self, group: int, requests: Sequence[Q]) -> Sequence[R | TimeTierError]:
+    async def _submit_part(self, group: int, requests: Q) -> R:
         lane = self._lanes.get(group)
         if lane is None:
-            lane = self._lanes[group] = Lane(self._run_batch, self._limits)
+            lane = self._lanes[group] = Lane(self._run_batch, self._limits, shape=self._shape)
         try:
             return await lane.submit(requests, self._size_bytes(requests))
         except Unavailable as error:
-            return [error] * len(requests)
+            results: R = self._shape.failed(len(requests), error)
+            return results
 
     def figures(self) -> dict[str, int]:
         """Requests that wait, and batches in flight, over all groups."""

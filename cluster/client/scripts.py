@@ -49,13 +49,16 @@ from ..messages import (
     unpack_i64,
     unpack_u32,
 )
-from .batch import Batch, describe
+from .batch import MAX_MESSAGE_BYTES, MAX_MESSAGE_ITEMS, Batch, describe
+from .item_reads import ItemQueries, ItemQuery, ItemResult, ItemResults
 from .view import ClientSettings, View
 
 __all__ = [
     "ClientSettings",
+    "ItemQueries",
     "ItemQuery",
     "ItemResult",
+    "ItemResults",
     "PageQuery",
     "PageResult",
     "View",
@@ -66,7 +69,7 @@ __all__ = [
     "write",
 ]
 
-_REQUEST_BYTES = 50  # of the fixed columns
+REQUEST_BYTES = 50  # of the fixed columns
 _STATUS_CALLS = 64  # status questions in flight at once
 
 
@@ -91,7 +94,7 @@ class WriteRequest:
         """Bytes that the request takes in a message, nearly."""
         if self.known_size_bytes < 0:
             self.known_size_bytes = (
-                _REQUEST_BYTES + len(self.timeline) + sum(map(len, self.keys)) + sum(map(len, self.values))
+                REQUEST_BYTES + len(self.timeline) + sum(map(len, self.keys)) + sum(map(len, self.values))
             )
         return self.known_size_bytes
 
@@ -115,23 +118,6 @@ class PageResult(NamedTuple):
     written_us: list[int]
 
 
-class ItemQuery(NamedTuple):
-    """One item by its key."""
-
-    timeline: bytes
-    key: bytes
-
-
-class ItemResult(NamedTuple):
-    """One item; `found` is 0 when there is none. `timeline_version`: the version at which that is true."""
-
-    timeline_version: int
-    found: int
-    value: bytes
-    version: int
-    written_us: int
-
-
 Q = TypeVar("Q", PageQuery, ItemQuery)
 R = TypeVar("R")
 
@@ -152,9 +138,11 @@ def read_pages(view: View, requests: Sequence[PageQuery], timeout_s: float) -> S
     return (yield from _PageBatch(view, requests, timeout_s).run())
 
 
-def read_items(view: View, requests: Sequence[ItemQuery], timeout_s: float) -> Script[list[ItemResult | TimeTierError]]:
+def read_items(view: View, requests: ItemQueries, timeout_s: float) -> Script[ItemResults]:
     """Read single items: from the cache nodes, or the storage nodes when none of them answers."""
-    return (yield from _ItemBatch(view, requests, timeout_s).run())
+    batch = _ItemBatch(view, requests, timeout_s)
+    yield from batch.run()
+    return batch.columns()
 
 
 def ask_status(nodes: Sequence[str], timeout_s: float) -> Script[dict[str, Message | CallFailed]]:
@@ -170,16 +158,37 @@ def ask_status(nodes: Sequence[str], timeout_s: float) -> Script[dict[str, Messa
 class _WriteBatch(Batch[WriteRequest, int]):
     def __init__(self, view: View, requests: Sequence[WriteRequest], timeout_s: float) -> None:
         super().__init__(view, requests, timeout_s)
-        self.ids = [request.request_id or view.next_request_id() for request in requests]
-        self.seen = [max(view.seen(request.timeline), request.if_version) for request in requests]
+        fresh = view.next_request_ids(len(requests))
+        self.ids = [request.request_id or own for request, own in zip(requests, fresh, strict=True)]
+        known = view.all_seen([request.timeline for request in requests])
+        self.seen = [max(seen, request.if_version) for request, seen in zip(requests, known, strict=True)]
         self.doubtful: set[int] = set()
 
     def candidates(self, index: int) -> list[str]:
         return self.view.routing.storage_order(self.requests[index].timeline)
 
+    def plan(self) -> dict[str, list[int]]:
+        if self._tried or not self.view.all_well:
+            return super().plan()
+        timelines = [self.requests[index].timeline for index in self.pending]
+        by_node: dict[str, list[int]] = {}
+        for index, node in zip(self.pending, self.view.routing.first_storage_nodes(timelines), strict=True):
+            by_node.setdefault(node, []).append(index)
+        return by_node
+
     def cost(self, index: int) -> tuple[int, int]:
         request = self.requests[index]
         return len(request.keys), request.size_bytes
+
+    def split(self, indices: list[int]) -> list[list[int]]:
+        requests = self.requests
+        if (
+            len(indices) <= self.max_requests
+            and sum([requests[index].size_bytes for index in indices]) <= (MAX_MESSAGE_BYTES)
+            and sum([len(requests[index].keys) for index in indices]) <= MAX_MESSAGE_ITEMS
+        ):
+            return [indices]
+        return super().split(indices)
 
     def message(self, indices: list[int], timeout_ms: int) -> Write:
         requests = [self.requests[index] for index in indices]
@@ -218,13 +227,17 @@ class _WriteBatch(Batch[WriteRequest, int]):
             return False
         if len(answer.versions) != 8 * len(indices):
             return False
-        remember = self.view.remember
-        for index, outcome, version in zip(indices, answer.outcomes, unpack_i64(answer.versions), strict=True):
+        versions = unpack_i64(answer.versions)
+        good: list[bytes] = []
+        reached: list[int] = []
+        for index, outcome, version in zip(indices, answer.outcomes, versions, strict=True):
             if outcome == OK:
                 self.results[index] = version
-                remember(self.requests[index].timeline, version)
+                good.append(self.requests[index].timeline)
+                reached.append(version)
             else:
                 self._not_ok(node, index, outcome, version)
+        self.view.remember_all(good, reached)
         return True
 
     def _not_ok(self, node: str, index: int, outcome: int, version: int) -> None:
@@ -343,18 +356,35 @@ class _PageBatch(_ReadBatch[PageQuery, PageResult]):
         return True
 
 
-class _ItemBatch(_ReadBatch[ItemQuery, ItemResult]):
+class _ItemBatch(_ReadBatch[ItemQuery, bool]):
+    """Answers stay in columns; `results` only says which requests have one."""
+
+    def __init__(self, view: View, requests: ItemQueries, timeout_s: float) -> None:
+        super().__init__(view, requests, timeout_s)
+        self._queries = requests
+        self._parts: list[tuple[Sequence[int], ItemResults]] = []
+
+    def columns(self) -> ItemResults:
+        """All results, once the batch has run."""
+        count = len(self.requests)
+        errors = {index: result for index, result in enumerate(self.results) if isinstance(result, TimeTierError)}
+        if not errors and len(self._parts) == 1 and len(self._parts[0][0]) == count:
+            return self._parts[0][1]
+        results = ItemResults.gathered(count, self._parts)
+        results.errors = errors
+        return results
+
     def split(self, indices: list[int]) -> list[list[int]]:
         most = self.max_requests  # each is one item of less than 1 KB
+        if len(indices) <= most:
+            return [indices]
         return [indices[low : low + most] for low in range(0, len(indices), most)]
 
     def message(self, indices: list[int], timeout_ms: int) -> ReadItems:
-        return ReadItems(
-            epoch=self.view.routing.topology.epoch,
-            timelines=[self.requests[index].timeline for index in indices],
-            keys=[self.requests[index].key for index in indices],
-            timeout_ms=timeout_ms,
-        )
+        timelines, keys = self._queries.timelines, self._queries.keys
+        if len(indices) < len(keys):
+            timelines, keys = [timelines[index] for index in indices], [keys[index] for index in indices]
+        return ReadItems(epoch=self.view.routing.topology.epoch, timelines=timelines, keys=keys, timeout_ms=timeout_ms)
 
     def settle(self, node: str, indices: list[int], answer: Message) -> bool:
         if not isinstance(answer, FoundItems):
@@ -364,23 +394,13 @@ class _ItemBatch(_ReadBatch[ItemQuery, ItemResult]):
         columns = (answer.timeline_versions, answer.versions, answer.written)
         if not fits or any(len(column) != 8 * requests for column in columns):
             return False
-        found = map(
-            ItemResult._make,
-            zip(
-                unpack_i64(answer.timeline_versions),
-                answer.found,
-                answer.values,
-                unpack_i64(answer.versions),
-                unpack_i64(answer.written),
-                strict=True,
-            ),
-        )
-        if requests == len(self.requests) and answer.outcomes.count(OK) == requests:
-            self.results[:] = found
+        self._parts.append((indices, ItemResults.of(answer)))
+        if answer.outcomes.count(OK) == requests == len(self.requests):
+            self.results = [True] * requests
             return True
-        for index, outcome, result in zip(indices, answer.outcomes, found, strict=True):
+        for index, outcome in zip(indices, answer.outcomes, strict=True):
             if outcome == OK:
-                self.results[index] = result
+                self.results[index] = True
             else:
                 self._not_ok(node, index, outcome)
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence, Sized
 from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,12 +21,11 @@ from ..messages import Failure, Message, Status
 from ..topology import TablePolicy, Topology
 from . import items as shapes
 from .following import Follower, TopologySource
+from .item_reads import ItemColumns, ItemQueries, ItemResults
 from .items import AddressLike, Item, ManyWrites, Page, PutLike
 from .lanes import LaneLimits, Lanes
 from .probing import Prober
 from .scripts import (
-    ItemQuery,
-    ItemResult,
     PageQuery,
     PageResult,
     WriteRequest,
@@ -69,13 +68,16 @@ class AsyncStore:
         known = self.view.settings
         limits = LaneLimits(
             batch_items=known.batch_items,
+            batch_bytes=known.batch_bytes,
+            max_batches=known.max_batches,
+            patience_s=known.patience_s,
             queued_items=known.queued_items,
             queued_bytes=known.queued_bytes,
             max_wait_s=known.timeout_s,
         )
         self._writes = Lanes(self._write_batch, _write_bytes, limits)
         self._pages = Lanes(self._page_batch, _query_bytes, limits)
-        self._items = Lanes(self._item_batch, _query_bytes, limits)
+        self._items = Lanes(self._item_batch, _query_bytes, limits, shape=ItemColumns())
         self._follower = Follower(source, self.view, carrier)
         self._prober = Prober(self.view, carrier)
         self._closed = False
@@ -131,36 +133,40 @@ class AsyncStore:
 
     # ------------------------------------------------------------ for the tables
 
-    async def write_all(self, requests: Sequence[WriteRequest]) -> list[int | TimeTierError]:
+    async def write_all(self, requests: list[WriteRequest]) -> list[int | TimeTierError]:
         """Version or error of each request."""
-        return await self._writes.submit(self._groups(requests), requests)
+        return await self._writes.submit(self._groups([request.timeline for request in requests]), requests)
 
-    async def read_all_pages(self, queries: Sequence[PageQuery]) -> list[PageResult]:
+    async def read_all_pages(self, queries: list[PageQuery]) -> list[PageResult]:
         """Pages in the order of the queries. Raises the first error there is."""
-        return _all_or_raise(await self._pages.submit(self._groups(queries), queries))
+        groups = self._groups([query.timeline for query in queries])
+        return _all_or_raise(await self._pages.submit(groups, queries))
 
-    async def read_all_items(self, queries: Sequence[ItemQuery]) -> list[ItemResult]:
+    async def read_all_items(self, queries: ItemQueries) -> ItemResults:
         """Items in the order of the queries. Raises the first error there is."""
-        return _all_or_raise(await self._items.submit(self._groups(queries), queries))
+        results = await self._items.submit(self._groups(queries.timelines), queries)
+        if results.errors:
+            raise results.errors[min(results.errors)]
+        return results
 
-    def _groups(self, requests: Sequence[WriteRequest] | Sequence[PageQuery] | Sequence[ItemQuery]) -> list[int]:
+    def _groups(self, timelines: list[bytes]) -> list[int]:
         self._check_open()
         routing = self.view.routing
         if routing.topology.storage_groups == 1:
-            return [0] * len(requests)
-        return routing.storage_groups([request.timeline for request in requests])
+            return [0] * len(timelines)
+        return routing.storage_groups(timelines)
 
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidRequest("the store is closed: connect again")
 
-    async def _write_batch(self, requests: Sequence[WriteRequest]) -> list[int | TimeTierError]:
+    async def _write_batch(self, requests: list[WriteRequest]) -> list[int | TimeTierError]:
         return await drive(write(self.view, requests, self.view.settings.timeout_s), self.carrier)
 
-    async def _page_batch(self, queries: Sequence[PageQuery]) -> list[PageResult | TimeTierError]:
+    async def _page_batch(self, queries: list[PageQuery]) -> list[PageResult | TimeTierError]:
         return await drive(read_pages(self.view, queries, self.view.settings.timeout_s), self.carrier)
 
-    async def _item_batch(self, queries: Sequence[ItemQuery]) -> list[ItemResult | TimeTierError]:
+    async def _item_batch(self, queries: ItemQueries) -> ItemResults:
         return await drive(read_items(self.view, queries, self.view.settings.timeout_s), self.carrier)
 
 
@@ -214,16 +220,16 @@ class AsyncTable:
 
     async def get(self, owner: str | bytes, timestamp: int, *, id: bytes | str = b"") -> Item | None:
         """The item with this timestamp and id, None if there is none."""
-        query = shapes.item_query(self._raw, self._buckets, (owner, timestamp, id))
-        return shapes.to_item(query.key, (await self.store.read_all_items([query]))[0])
+        timeline, key = shapes.item_address(self._raw, self._buckets, (owner, timestamp, id))
+        results = await self.store.read_all_items(ItemQueries([timeline], [key]))
+        return shapes.to_item(key, results)
 
     async def get_many(self, keys: Iterable[AddressLike]) -> list[Item | None]:
         """Items by `(owner, timestamp)` or `(owner, timestamp, id)`, in that order, at most 10,000 a call."""
-        queries = shapes.item_queries(self._raw, self._buckets, keys)
-        if not queries:
+        addresses = shapes.item_addresses(self._raw, self._buckets, keys)
+        if not addresses.queries:
             return []
-        results = await self.store.read_all_items(queries)
-        return shapes.to_items([query.key for query in queries], results)
+        return addresses.to_items(await self.store.read_all_items(addresses.queries))
 
     async def timeline(self, owner: str | bytes, *, limit: int = 20, before: str | int | None = None) -> Page:
         """The newest items of a timeline, newest first, across all tiers.
@@ -233,7 +239,7 @@ class AsyncTable:
         """
         bound, limit = shapes.before_bound(before), shapes.checked_limit(limit)
         query = shapes.page_query(self._raw, self._buckets, owner, bound, limit)
-        return shapes.to_page((await self.store.read_all_pages([query]))[0])
+        return shapes.to_pages(await self.store.read_all_pages([query]))[0]
 
     async def timelines(self, owners: Iterable[str | bytes], *, limit: int = 20) -> list[Page]:
         """The newest page of each of many timelines (at most 10,000), in the order of the owners.
@@ -243,7 +249,7 @@ class AsyncTable:
         queries = shapes.page_queries(self._raw, self._buckets, owners, shapes.checked_limit(limit))
         if not queries:
             return []
-        return [shapes.to_page(result) for result in await self.store.read_all_pages(queries)]
+        return shapes.to_pages(await self.store.read_all_pages(queries))
 
     async def iterate(self, owner: str | bytes, *, limit_per_page: int = 1_000) -> AsyncIterator[Item]:
         """All items of a timeline, newest first, page by page.
@@ -300,11 +306,11 @@ def _all_or_raise(results: Sequence[R | TimeTierError]) -> list[R]:
     return good
 
 
-def _write_bytes(requests: Sequence[WriteRequest]) -> int:
+def _write_bytes(requests: list[WriteRequest]) -> int:
     return sum([request.size_bytes for request in requests])
 
 
-def _query_bytes(requests: Sequence[PageQuery] | Sequence[ItemQuery]) -> int:
+def _query_bytes(requests: Sized) -> int:
     return _QUERY_BYTES * len(requests)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from ..config import ClientConfig
 from ..routing import Routing
 from ..topology import Topology
 from .suspects import Suspects
@@ -30,7 +31,9 @@ class ClientSettings:
     how much, before the next one is asked.
     `back_off_s`, `back_off_max_s`: pause before a repeated attempt, doubling, with jitter.
     `seen_timelines`: versions remembered, about 200 bytes each.
-    `batch_items`: calls are merged into one batch up to this many requests.
+    `batch_items`, `batch_bytes`: calls are merged into one batch up to this many requests and bytes. `max_batches`: in
+    flight at the most, of one kind of call and storage group. `patience_s`: a batch that takes longer no longer holds
+    the next one back.
     `queued_items`, `queued_bytes`: what may wait in one queue (one per kind of call and storage group).
     """
 
@@ -45,8 +48,25 @@ class ClientSettings:
     back_off_max_s: float = 0.5
     seen_timelines: int = 100_000
     batch_items: int = 1_000
+    batch_bytes: int = 16 << 20
+    max_batches: int = 32
+    patience_s: float = 0.005
     queued_items: int = 100_000
     queued_bytes: int = 64 << 20
+
+
+def settings_of(config: ClientConfig) -> ClientSettings:
+    """The client's settings from the configuration; what is not in it has its default."""
+    return ClientSettings(
+        timeout_s=config.timeout_s,
+        attempt_timeout_s=config.attempt_timeout_s,
+        batch_items=config.batch_requests,
+        batch_bytes=config.batch_mb << 20,
+        max_batches=config.max_batches,
+        patience_s=config.patience_ms / 1_000,
+        queued_items=config.max_queued_requests,
+        queued_bytes=config.max_queued_mb << 20,
+    )
 
 
 class View:
@@ -96,6 +116,17 @@ class View:
         """16 bytes that no other request has: 8 random ones of this client, and a counter."""
         self._id_counter += 1
         return self._id_prefix + self._id_counter.to_bytes(8, "big")
+
+    def next_request_ids(self, count: int) -> list[bytes]:
+        """As many of them."""
+        first, self._id_counter = self._id_counter + 1, self._id_counter + count
+        prefix = self._id_prefix
+        return [prefix + number.to_bytes(8, "big") for number in range(first, first + count)]
+
+    @property
+    def all_well(self) -> bool:
+        """Whether no node is suspected or asked to be left alone: then all go to their first choice."""
+        return not self.suspects and not self._resting
 
     def choose(self, candidates: Sequence[str], tried: Collection[str] = ()) -> str | None:
         """First candidate that is neither tried nor suspected, else the first untried; None when all were tried."""
@@ -150,6 +181,21 @@ class View:
                 seen.popitem(last=False)
         if timeline in seen:
             seen.move_to_end(timeline)
+
+    def remember_all(self, timelines: Sequence[bytes], versions: Sequence[int]) -> None:
+        """Note the versions that timelines have reached."""
+        seen = self._seen
+        for timeline, version in zip(timelines, versions, strict=True):
+            if version > seen.get(timeline, 0):
+                seen[timeline] = version
+                seen.move_to_end(timeline)
+        while len(seen) > self.settings.seen_timelines:
+            seen.popitem(last=False)
+
+    def all_seen(self, timelines: Sequence[bytes]) -> list[int]:
+        """Greatest version that this client knows of each timeline, 0 for none."""
+        seen = self._seen
+        return [seen.get(timeline, 0) for timeline in timelines]
 
     def seen(self, timeline: bytes) -> int:
         """Greatest version that this client knows of the timeline, 0 for none."""

@@ -5,12 +5,51 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from ..carriers.base import Address, CallError, Carrier
+from ..config import CacheConfig
 from ..messages import BlockRead, Message
 from .requests import Read
 
+_FETCH_BYTES = 32 << 20  # what the answers to one fetch may hold
+_HEAVY_BYTES = 16 << 20  # what a job that reads blocks or one large page may hold
 _MAX_LOOKED_AT = 4  # batches' worth of queued reads that are looked at for one batch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """Limits of a cache node's lanes.
+
+    `batch_reads`: reads of the fast lane that one version check proves at the most. `fetch_reads`: the same of a fetch
+    from the storage tier. `fetched_bytes`: what fetches and block reads under way may hold together; it bounds their
+    numbers. `stall_s`: a batch that takes longer no longer holds up the next one.
+    """
+
+    batch_reads: int = 4_096
+    fetch_reads: int = 256
+    fetched_bytes: int = 512 << 20
+    stall_s: float = 0.02
+
+    @property
+    def max_fetches(self) -> int:
+        """Fetches at a time at the most: half of the bytes are theirs."""
+        return max(1, self.fetched_bytes // 2 // _FETCH_BYTES)
+
+    @property
+    def max_heavy_jobs(self) -> int:
+        """Jobs that read blocks or one large page at a time at the most: the other half is theirs."""
+        return max(1, self.fetched_bytes // 2 // _HEAVY_BYTES)
+
+
+def limits_of(config: CacheConfig) -> ReadLimits:
+    """The limits from the configuration."""
+    return ReadLimits(
+        batch_reads=config.batch_reads,
+        fetch_reads=config.fetch_reads,
+        fetched_bytes=config.max_fetched_mb << 20,
+        stall_s=config.stall_ms / 1_000,
+    )
 
 
 class ReadLane:
@@ -131,6 +170,12 @@ class SharedBlockReads:
                 return await asyncio.shield(task)
         except TimeoutError:
             raise CallError(f"no block of {node} within {timeout_s:.3f} s", sent=True) from None
+
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`."""
+        if isinstance(message, BlockRead):
+            return asyncio.create_task(self.call(node, message, timeout_s))
+        return self._carrier.start(node, message, timeout_s)
 
     def _forget(self, key: tuple[str, str, int, int], task: asyncio.Task[Message]) -> None:
         del self._under_way[key]

@@ -92,6 +92,12 @@ class PageCache:
             self._protected_bytes -= _size(timeline, page)
         self.nbytes -= _size(timeline, page)
 
+    def clear(self) -> None:
+        """Forget all pages."""
+        self._probation.clear()
+        self._protected.clear()
+        self.nbytes = self._protected_bytes = 0
+
     def is_warm(self, timeline: bytes) -> bool:
         """Whether a timeline without a page has been asked for before, lately; remembers that it is asked for.
 

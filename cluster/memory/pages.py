@@ -20,7 +20,7 @@ from ..messages import DELETE, PUT, WIPE
 
 _BYTES_HEADER = 40  # of a bytes object: 33, and on average 7 to the next multiple of 16
 _ITEM_OVERHEAD_BYTES = 2 * _BYTES_HEADER + 4 * 8  # two bytes objects, four column slots
-_PAGE_OVERHEAD_BYTES = 540  # the page, its four columns, low and high
+_PAGE_OVERHEAD_BYTES = 660  # the page, its four columns, low, high and digest
 
 
 @dataclass(slots=True)
@@ -49,9 +49,27 @@ class PageSlice:
 
 
 class Page:
-    """Items of one timeline in [low, high), complete at `version`. Immutable."""
+    """Items of one timeline in [low, high), complete at `version`. Its items never change.
 
-    __slots__ = ("_nbytes", "high", "horizon", "keys", "low", "values", "version", "versions", "written")
+    `digest`, `order`: the timeline's `timeline_digest` and `priority_index`, for questions whether the page is current.
+    `mark`: of the replica by which its horizon was found to be the present one (see `messages.Same`). All three are
+    set when the page is put into the cache.
+    """
+
+    __slots__ = (
+        "_nbytes",
+        "digest",
+        "high",
+        "horizon",
+        "keys",
+        "low",
+        "mark",
+        "order",
+        "values",
+        "version",
+        "versions",
+        "written",
+    )
 
     def __init__(
         self,
@@ -72,6 +90,9 @@ class Page:
         self.values = values
         self.versions = versions
         self.written = written
+        self.digest = b""
+        self.order = 0
+        self.mark = 0
         self._nbytes = 0
 
     @classmethod

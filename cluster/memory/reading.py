@@ -24,7 +24,7 @@ from ..cold.block import DecodedBlock
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, ProtocolError, Unavailable
-from ..keys import bucket_of
+from ..keys import bucket_of, digest_seed, priority_index, timeline_digest
 from ..messages import (
     OK,
     AskVersions,
@@ -40,6 +40,7 @@ from ..messages import (
 from ..routing import Routing
 from .answering import Answering
 from .block_reads import BlockReader
+from .glances import Glances
 from .hot_cold import StartOver
 from .incarnations import Incarnations
 from .page_cache import BlockCache, PageCache
@@ -73,10 +74,19 @@ class Reader:
         self.counters = counters or Counters()
         self.suspicion = Suspicion(first_s=self.settings.suspect_s, longest_s=self.settings.suspect_max_s)
         self._routing = routing
+        self._digest_seed = digest_seed(routing.topology.secret)
         self._clock = clock
         self._random = random
         self._settling: set[bytes] = set()
         self._incarnations = Incarnations()
+        self._glances = Glances(
+            self.suspicion,
+            self._incarnations,
+            self.counters,
+            clock=clock,
+            attempt_timeout_s=self.settings.attempt_timeout_s,
+            probation_timeout_s=self.settings.probation_timeout_s,
+        )
         self._block_reader = BlockReader(
             routing,
             blocks,
@@ -90,6 +100,7 @@ class Reader:
     def update(self, routing: Routing) -> None:
         """Go by another map from the next batch on."""
         self._routing = routing
+        self._digest_seed = digest_seed(routing.topology.secret)
         self._block_reader.routing = routing
 
     def is_resident(self, read: Read) -> bool:
@@ -98,6 +109,19 @@ class Reader:
         if page is None:
             return False
         return page.covers(read.key, read.limit) if read.limit else page.contains(read.key)
+
+    def prove(self, pages: Sequence[Page], group: int) -> Script[list[int]]:
+        """Script that asks whether pages of a storage group's timelines are current; the indices of those that can't
+        be proven to be. All reads that share the answer must have arrived before it runs."""
+        return self._glances.prove(pages, self._routing.storage_nodes(group))
+
+    def probes(self) -> list[Job]:
+        """Questions to suspected nodes whether they are back, as far as they are due."""
+        if not self.suspicion:
+            return []
+        return [
+            Job(self._probe(node, question, urgent=False), []) for node, question in self.suspicion.due(self._clock())
+        ]
 
     def batch(self, reads: Sequence[Read]) -> ReadScript:
         """Script that answers `reads`, as far as one round trip can. All of them must have arrived before it runs."""
@@ -431,10 +455,19 @@ class Reader:
             self.counters.add("deltas")
 
     def _keep(self, work: Answering) -> None:
-        base = work.base
-        if base is not None and not base.high and base is not work.slot.page:
-            settings = self.settings
-            self.cache.put(work.slot.timeline, base.trim(settings.max_page_items, settings.max_page_bytes))
+        base, known = work.base, work.slot.page
+        if base is None or base.high:
+            return
+        if base is not known:
+            timeline, settings = work.slot.timeline, self.settings
+            base = base.trim(settings.max_page_items, settings.max_page_bytes)
+            if known is not None and known.digest:
+                base.digest, base.order = known.digest, known.order
+            else:
+                base.digest = timeline_digest(timeline, self._digest_seed)
+                base.order = priority_index(timeline, self._routing.topology.storage_replicas)
+            self.cache.put(timeline, base)
+        base.mark = work.slot.data_mark
 
     def _fetch(self, work: Answering) -> ReadScript:
         """Read the blocks that ranges need, then answer from them."""

@@ -89,8 +89,9 @@ class RowAnswer:
 class Slot:
     """One timeline in a strong read, with the reads that share the answer.
 
-    `page`: what the reader has of the timeline. `data`: the answers to `rows`, as of `data_version`. `failed`: nodes
-    that brought no answer to this read. `check_at`, `ask_at`, `known`: whom the next round asks, and for what.
+    `page`: what the reader has of the timeline. `data`: the answers to `rows`, as of `data_version`; `data_mark`: of
+    the replica that they are from (see `messages.Same`). `failed`: nodes that brought no answer to this read.
+    `check_at`, `ask_at`, `known`: whom the next round asks, and for what.
     """
 
     __slots__ = (
@@ -98,6 +99,7 @@ class Slot:
         "ask_at",
         "check_at",
         "data",
+        "data_mark",
         "data_version",
         "failed",
         "generation",
@@ -130,6 +132,7 @@ class Slot:
         self.proven_at = ""
         self.data: list[RowAnswer] | None = None
         self.data_version = -1
+        self.data_mark = 0
         self.failed: set[str] = set()
         self.why = ""
         self.tried: set[tuple[str, int]] = set()  # who was asked for data as of which version
@@ -243,6 +246,7 @@ def take_checked(node: str, answer: Checked, slots: list[Slot]) -> None:
         if chosen[first] > slot.data_version:
             slot.data_version = chosen[first]
             slot.data = answers[first:end]
+            slot.data_mark = answer.mark
 
 
 def _vote(node: str, slot: Slot, chosen: int, ballot: Ballot | None) -> None:

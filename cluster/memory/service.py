@@ -1,7 +1,8 @@
 """The memory tier's node: takes reads of one storage group, merges them, answers them by strong reads.
 
-Reads that a page in memory covers go through the fast lane: one batch at a time, one version check for all. Others
-go through the fill lane, which fetches pages. What one round trip can't answer (a dead replica, an open entry, cold
+Reads that a page in memory covers are answered from it once the page is proven to be current: one proof at a time, for
+all that came meanwhile. What has changed gets its deltas through the fast lane, what is not in memory goes through the
+fill lane, which fetches pages. What one round trip can't answer (a dead replica, an open entry, cold
 blocks) goes on as a job of its own, a bounded number of them at a time. A node with a budget of 0 keeps no pages and
 serves the same reads; so do storage nodes while no cache node is up.
 """
@@ -22,15 +23,13 @@ from ..cold.block import DecodedBlock
 from ..counters import Counters
 from ..drive import drive
 from ..effects import Script
-from ..errors import Corrupt, InvalidRequest, TimeTierError, TooLarge, Unavailable
+from ..errors import InvalidRequest, TimeTierError, TooLarge, Unavailable
 from ..gate import overloaded
-from ..keys import MAX_BATCH_ITEMS
+from ..keys import MAX_BATCH_ITEMS, MIN_ITEM_KEY_BYTES
 from ..messages import (
-    CORRUPT,
     INVALID,
     MISPLACED,
     OK,
-    UNAVAILABLE,
     FoundItems,
     Message,
     Pages,
@@ -40,32 +39,34 @@ from ..messages import (
     ReadPages,
     Status,
     StatusRequest,
-    pack_i64,
-    pack_u32,
     unpack_u32,
 )
 from ..routing import Routing
 from ..topology import Topology
-from .lanes import ReadLane, SharedBlockReads
+from .columns import (
+    MAX_ANSWER_BYTES,
+    MAX_KEY_BYTES,
+    Glance,
+    ItemGlance,
+    PageGlance,
+    answer_bytes,
+    is_page_read,
+)
+from .lanes import ReadLane, ReadLimits, SharedBlockReads
 from .page_cache import BlockCache, PageCache
+from .pages import Page
+from .proving import ProofLane
 from .reading import Reader
-from .requests import ItemAnswer, PageAnswer, Read
+from .requests import Read
 from .steps import Job, ReaderSettings, Step
 
 _log = logging.getLogger(__name__)
 
 MAX_TIMEOUT_S = 60.0
-MAX_ANSWER_BYTES = 40 << 20  # keys and values of one answer; what does not fit is to be asked for again
 _MIN_PAGE_BYTES = 256 << 10
-_FAST_BATCH_READS = 4_096
-_FILL_BATCH_READS = 256
 _FILL_BATCHES = 4
 _MAX_BATCHES = 16
-_MAX_FILL_BATCHES = 8  # each may hold an answer of tens of MiB
-_STALL_S = 0.02
 _MAX_JOBS = 128
-_MAX_HEAVY_JOBS = 16
-_MIN_KEY_BYTES, _MAX_KEY_BYTES = 8, 8 + 2 * 255 + 2
 
 
 class _Ticket:
@@ -110,12 +111,13 @@ class CacheService:
         counters: Counters | None = None,
         seed: int = 0,
         settings: ReaderSettings | None = None,
+        limits: ReadLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`budget_bytes`: memory for pages; 0 keeps none. `max_queued_requests`: reads in this node at a time, beyond
         which it refuses with `Unavailable`; `max_queued_bytes`: of answers that wait for the rest of their message,
         beyond which a read fails. `settings` overrides all other times and limits; `page_items` goes into
-        them when they are not given. `clock`: monotonic seconds. Raises InvalidRequest.
+        them when they are not given. `limits`: of the lanes. `clock`: monotonic seconds. Raises InvalidRequest.
         """
         for argument, value in (("budget_bytes", budget_bytes), ("block_cache_bytes", block_cache_bytes)):
             if value < 0:
@@ -143,26 +145,34 @@ class CacheService:
             settings=settings or ReaderSettings(page_items=page_items),
             counters=self.counters,
         )
+        self._limits = limits or ReadLimits()
         self._max_queued_requests = max_queued_requests
         self._max_queued_bytes = max_queued_bytes
         self._open = 0  # reads without an answer yet
         self._answer_bytes = 0  # of answers that are not from pages in memory
         self._serving = True
         self._tickets: set[_Ticket] = set()
+        self._proofs = ProofLane(
+            self._unproven,
+            parallel=1,
+            batch_pages=self._limits.batch_reads,
+            max_batches=_MAX_BATCHES,
+            stall_s=self._limits.stall_s,
+        )
         self._fast = ReadLane(
             self._run_fast_batch,
             parallel=1,
-            batch_reads=_FAST_BATCH_READS,
+            batch_reads=self._limits.batch_reads,
             max_batches=_MAX_BATCHES,
-            stall_s=_STALL_S,
+            stall_s=self._limits.stall_s,
             one_per_timeline=False,
         )
         self._fill = ReadLane(
             self._run_fill_batch,
             parallel=_FILL_BATCHES,
-            batch_reads=_FILL_BATCH_READS,
-            max_batches=_MAX_FILL_BATCHES,
-            stall_s=_STALL_S,
+            batch_reads=self._limits.fetch_reads,
+            max_batches=self._limits.max_fetches,
+            stall_s=self._limits.stall_s,
             one_per_timeline=True,
         )
         self._jobs: deque[Job] = deque()
@@ -190,6 +200,8 @@ class CacheService:
     def update(self, topology: Topology) -> None:
         """Go by a later topology."""
         if topology.epoch > self._topology.epoch:
+            if topology.storage_groups != self._topology.storage_groups:
+                self._cache.clear()  # pages of buckets that belong to another group by now
             self._topology = topology
             self._routing = Routing(topology)
             self._reader.update(self._routing)
@@ -218,6 +230,7 @@ class CacheService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._proofs.stop()
         await self._fast.stop()
         await self._fill.stop()
         await self._carrier.close()
@@ -234,33 +247,37 @@ class CacheService:
     # ------------------------------------------------------------ requests
 
     async def _read_pages(self, message: ReadPages) -> Pages:
-        limits = unpack_u32(message.limits)
-        count = self._check_columns(message.timelines, message.before, limits)
-        outcomes = self._place(message.timelines)
+        timelines, bounds, limits = message.timelines, message.before, unpack_u32(message.limits)
+        count = self._check_columns(timelines, bounds, limits)
         deadline = self._deadline(message.timeout_ms)
         max_bytes = max(_MIN_PAGE_BYTES, MAX_ANSWER_BYTES // 2 // max(count, 1))
-        reads: list[Read | None] = []
-        for index, (timeline, before, limit) in enumerate(zip(message.timelines, message.before, limits, strict=True)):
-            if outcomes[index] == OK and not (
-                1 <= limit <= MAX_BATCH_ITEMS and (not before or _MIN_KEY_BYTES <= len(before) <= _MAX_KEY_BYTES)
-            ):
+        glance = PageGlance(self._cache, timelines, bounds, limits)
+        await self._prove(glance)
+        reads: dict[int, Read] = {}
+        outcomes = self._place(timelines, glance.rest)
+        for index in glance.rest:
+            if outcomes[index] == OK and not is_page_read(bounds[index], limits[index]):
                 outcomes[index] = INVALID
-            good = outcomes[index] == OK
-            reads.append(Read(timeline, before, limit, deadline, max_bytes) if good else None)
-        await self._answer_all(reads, deadline)
-        return _pages(outcomes, reads)
+            if outcomes[index] == OK:
+                reads[index] = Read(timelines[index], bounds[index], limits[index], deadline, max_bytes)
+        await self._answer_all(list(reads.values()), deadline)
+        return glance.answer(outcomes, reads, max_bytes)
 
     async def _read_items(self, message: ReadItems) -> FoundItems:
-        self._check_columns(message.timelines, message.keys)
-        outcomes = self._place(message.timelines)
+        timelines, keys = message.timelines, message.keys
+        self._check_columns(timelines, keys)
         deadline = self._deadline(message.timeout_ms)
-        reads: list[Read | None] = []
-        for index, (timeline, key) in enumerate(zip(message.timelines, message.keys, strict=True)):
-            if not _MIN_KEY_BYTES + 2 <= len(key) <= _MAX_KEY_BYTES and outcomes[index] == OK:
+        glance = ItemGlance(self._cache, timelines, keys)
+        await self._prove(glance)
+        outcomes = self._place(timelines, glance.rest)
+        reads: dict[int, Read] = {}
+        for index in glance.rest:
+            if outcomes[index] == OK and not MIN_ITEM_KEY_BYTES <= len(keys[index]) <= MAX_KEY_BYTES:
                 outcomes[index] = INVALID
-            reads.append(Read(timeline, key, 0, deadline) if outcomes[index] == OK else None)
-        await self._answer_all(reads, deadline)
-        return _found_items(outcomes, reads)
+            if outcomes[index] == OK:
+                reads[index] = Read(timelines[index], keys[index], 0, deadline)
+        await self._answer_all(list(reads.values()), deadline)
+        return glance.answer(outcomes, reads)
 
     @staticmethod
     def _check_columns(timelines: list[bytes], *columns: Sequence[object]) -> int:
@@ -271,37 +288,65 @@ class CacheService:
             raise InvalidRequest(f"columns of a message differ in length: {count}, {[len(c) for c in columns]}")
         return count
 
-    def _place(self, timelines: list[bytes]) -> bytearray:
-        """An outcome per timeline: OK, INVALID or MISPLACED. A bad one must not reach a batch that others share."""
+    def _place(self, timelines: list[bytes], indices: list[int]) -> bytearray:
+        """An outcome per timeline, at these indices OK, INVALID or MISPLACED. A bad one must not reach a batch that
+        others share."""
         outcomes = bytearray(len(timelines))
-        if not all(map(_is_timeline, timelines)):
-            for index, timeline in enumerate(timelines):
-                if not _is_timeline(timeline):
-                    outcomes[index] = INVALID
-            good = [timeline for timeline in timelines if _is_timeline(timeline)]
-        else:
-            good = timelines
-        groups = iter(self._routing.storage_groups(good))
-        for index in range(len(timelines)):
-            if outcomes[index] == OK and next(groups) != self.group:
+        if not indices:
+            return outcomes
+        good = []
+        for index in indices:
+            if _is_timeline(timelines[index]):
+                good.append(index)
+            else:
+                outcomes[index] = INVALID
+        groups = self._routing.storage_groups([timelines[index] for index in good])
+        for index, group in zip(good, groups, strict=True):
+            if group != self.group:
                 outcomes[index] = MISPLACED
         return outcomes
 
     def _deadline(self, timeout_ms: int) -> float:
         return self._clock() + min(max(timeout_ms, 1) / 1000, MAX_TIMEOUT_S)
 
-    async def _answer_all(self, given: list[Read | None], deadline: float) -> None:
-        """Have the reads answered, as far as that is possible before the deadline."""
-        reads = [read for read in given if read is not None]
+    async def _prove(self, glance: Glance) -> None:
+        """Prove the pages that cover reads of a message; those of the others are left to the long way."""
+        count = len(glance.pages)
         self.counters.add("requests")
-        self.counters.add("items", len(given))
+        self.counters.add("items", count)
+        if not self._serving:
+            raise Unavailable(f"{self.name} is stopping")
+        if self._open + count > self._max_queued_requests:
+            self.counters.add("refused", count)
+            raise overloaded(f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}")
+        covered = count - len(glance.rest)
+        if not covered:
+            return
+        self._open += count
+        try:
+            unproven = await self._proofs.unproven(glance.covered())
+        finally:
+            self._open -= count
+        self.counters.add("hits", covered - glance.drop(unproven))
+
+    async def _unproven(self, pages: list[Page]) -> list[Page]:
+        """Ask whether pages are current; those of which that could not be proven."""
+        try:
+            indices = await drive(self._reader.prove(pages, self.group), self._carrier)
+        except Exception as error:
+            _log.warning("%s: pages could not be proven to be current: %r", self.name, error)
+            return pages
+        if self._reader.suspicion:
+            self._jobs.extend(self._reader.probes())
+            self._start_jobs()
+        return [pages[index] for index in indices]
+
+    async def _answer_all(self, reads: list[Read], deadline: float) -> None:
+        """Have the reads answered, as far as that is possible before the deadline."""
         if not reads:
             return
         if not self._serving:
             raise Unavailable(f"{self.name} is stopping")
-        if self._open + len(reads) > self._max_queued_requests:
-            self.counters.add("refused", len(reads))
-            raise overloaded(f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}")
         self._open += len(reads)
         ticket = _Ticket(reads)
         self._tickets.add(ticket)
@@ -366,7 +411,7 @@ class CacheService:
 
     def _count_answer(self, read: Read) -> None:
         """Count an answer until its message is answered, or drop it if there is no room for it."""
-        ticket, size = read.ticket, _answer_bytes(read)
+        ticket, size = read.ticket, answer_bytes(read)
         if not isinstance(ticket, _Ticket) or ticket.future.done() or not size:
             return
         if ticket.nbytes + size > MAX_ANSWER_BYTES or self._answer_bytes + size > self._max_queued_bytes:
@@ -386,7 +431,7 @@ class CacheService:
     def _start_jobs(self) -> None:
         for jobs, tasks, most in (
             (self._jobs, self._job_tasks, _MAX_JOBS),
-            (self._heavy_jobs, self._heavy_tasks, _MAX_HEAVY_JOBS),
+            (self._heavy_jobs, self._heavy_tasks, self._limits.max_heavy_jobs),
         ):
             while jobs and len(tasks) < most and self._serving:
                 task = asyncio.create_task(self._run_job(jobs.popleft()))
@@ -408,89 +453,3 @@ def _is_timeline(key: bytes) -> bool:
         return False
     end = 5 + key[4]
     return len(key) > end and len(key) == end + 1 + key[end]
-
-
-def _answer_bytes(read: Read) -> int:
-    answer = read.answer
-    if isinstance(answer, PageAnswer):
-        return sum(map(len, answer.items.keys)) + sum(map(len, answer.items.values)) + 100 * len(answer.items.keys)
-    return len(answer.value) if isinstance(answer, ItemAnswer) else 0
-
-
-def _outcome(read: Read) -> int:
-    return CORRUPT if isinstance(read.answer, Corrupt) else UNAVAILABLE
-
-
-def _pages(outcomes: bytearray, reads: list[Read | None]) -> Pages:
-    """The columns of the answer. Where the outcome is not OK, a request has no items and version -1."""
-    timeline_versions: list[int] = []
-    counts: list[int] = []
-    more = bytearray(len(outcomes))
-    keys: list[bytes] = []
-    values: list[bytes] = []
-    versions: list[int] = []
-    written: list[int] = []
-    size = 0
-    for index, read in enumerate(reads):
-        answer = None if read is None else read.answer
-        if isinstance(answer, PageAnswer):
-            items = answer.items
-            size += sum(map(len, items.keys)) + sum(map(len, items.values))
-            if size <= MAX_ANSWER_BYTES:
-                timeline_versions.append(answer.version)
-                counts.append(len(items.keys))
-                more[index] = items.more
-                keys += items.keys
-                values += items.values
-                versions += items.versions
-                written += items.written
-                continue
-        timeline_versions.append(-1)
-        counts.append(0)
-        if read is not None:
-            outcomes[index] = _outcome(read)
-    return Pages(
-        bytes(outcomes),
-        pack_i64(timeline_versions),
-        pack_u32(counts),
-        bytes(more),
-        keys,
-        values,
-        pack_i64(versions),
-        pack_i64(written),
-    )
-
-
-def _found_items(outcomes: bytearray, reads: list[Read | None]) -> FoundItems:
-    """The columns of the answer. Where the outcome is not OK, nothing is found and the version is -1."""
-    timeline_versions: list[int] = []
-    found = bytearray(len(outcomes))
-    values: list[bytes] = []
-    versions: list[int] = []
-    written: list[int] = []
-    size = 0
-    for index, read in enumerate(reads):
-        answer = None if read is None else read.answer
-        if isinstance(answer, ItemAnswer):
-            size += len(answer.value)
-            if size <= MAX_ANSWER_BYTES:
-                timeline_versions.append(answer.version)
-                found[index] = answer.found
-                values.append(answer.value)
-                versions.append(answer.item_version)
-                written.append(answer.written)
-                continue
-        timeline_versions.append(-1)
-        values.append(b"")
-        versions.append(0)
-        written.append(0)
-        if read is not None:
-            outcomes[index] = _outcome(read)
-    return FoundItems(
-        bytes(outcomes),
-        pack_i64(timeline_versions),
-        bytes(found),
-        values,
-        pack_i64(versions),
-        pack_i64(written),
-    )

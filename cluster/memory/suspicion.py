@@ -61,6 +61,11 @@ class Suspicion:
         """Whether any node is suspected."""
         return self._suspected > 0
 
+    @property
+    def remembers(self) -> bool:
+        """Whether any node has failed, lately or long ago."""
+        return bool(self._records)
+
     def names(self) -> list[str]:
         """Suspected nodes."""
         return sorted(node for node, record in self._records.items() if record.suspected)

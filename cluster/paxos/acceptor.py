@@ -24,13 +24,15 @@ from ..messages import (
     Chosen,
     Entries,
     Fetch,
+    Life,
     Nack,
     Prepare,
     Promise,
     Value,
 )
 from .core import Core, Timeline, value_bytes
-from .rows import chore_key, decode_record, decode_row, encode_record, encode_row, log_key, row_key
+from .rows import chore_key, decode_record, decode_row, encode_record, encode_row, log_key, record_of, row_key
+from .versions import is_horizon
 
 FIRST_INCARNATION = 1
 
@@ -65,7 +67,8 @@ class Acceptor:
         if not self._is_next(timeline, sender, message, now):
             return
         ballot = message.ballot
-        if ballot < max(timeline.promised, timeline.accepted) or not self._claim_holds(timeline, message):
+        claim_holds = self.claim_holds(timeline, message.entry, ballot, message.value.origin)
+        if ballot < max(timeline.promised, timeline.accepted) or not claim_holds:
             against = max(timeline.promised, timeline.accepted)
             self.core.send(sender, Nack(timeline.key, message.entry, ballot, against), timeline.dirty)
             return
@@ -92,14 +95,14 @@ class Acceptor:
             self.fetch(timeline, sender, now)
         return False
 
-    def _claim_holds(self, timeline: Timeline, message: Accept) -> bool:
-        """Whether a round-0 ballot is used by the one life that has the right to it."""
-        number, life = message.ballot
+    def claim_holds(self, timeline: Timeline, entry: int, ballot: Ballot, origin: Life) -> bool:
+        """Whether a round-0 ballot is used by the one life that has the right to it, with a value of its own."""
+        number, life = ballot
         if number > 0:
             return True
-        if message.value.origin != life:
+        if origin != life:
             return False
-        if message.entry == 1:
+        if entry == 1:
             first = priority(timeline.key, self.core.replicas)[0]
             return life[0] == first and life[1] == FIRST_INCARNATION
         return timeline.origin == life
@@ -139,41 +142,49 @@ class Acceptor:
             for old in timeline.record.keys:
                 if old and old not in kept:
                     engine.delete(row_key(key, old, entry))
-        record = encode_record(ballot, value, vote=vote)
+        facts = record_of(ballot, value, vote=vote)
+        record = encode_record(facts)
         engine.put(log_key(key, entry), record)
+        open_bytes = len(record)
         for kind, item, content in zip(value.kinds, value.keys, value.values, strict=True):
             if kind != WIPE:
                 engine.put(row_key(key, item, entry), encode_row(value.written, kind, content))
+                open_bytes += len(content)
         if is_system(key) or WIPE in value.kinds:
             engine.put(chore_key(key, entry), b"")
-        timeline.record = decode_record(record)
-        timeline.open_bytes = len(record) + sum(map(len, value.values))
+        timeline.record, timeline.open_bytes = facts, open_bytes
         if entry == 1:
             self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:
         """Apply the open entry: it is known to be chosen."""
-        record = timeline.record
+        core, key, record = self.core, timeline.key, timeline.record
         assert record is not None, "only an accepted entry can be applied"
-        timeline.chosen += 1
+        entry = timeline.chosen = timeline.chosen + 1
         timeline.log_bytes += timeline.open_bytes
         timeline.ballot, timeline.origin = timeline.accepted, record.origin
         timeline.accepted = timeline.promised = NO_BALLOT
         timeline.record = None
         timeline.learned = False
+        core.versions.changed.append(timeline)
         if WIPE in record.kinds:
             timeline.wiped = timeline.chosen - 1
-        self.core.unmarked[timeline.key] = timeline
+            core.chores_due.append((key, entry))
+        elif is_system(key):
+            core.chores_due.append((key, entry))
+            if any(map(is_horizon, record.keys)):
+                core.versions.horizon_moved()
+        core.unmarked[key] = timeline
+        core.journal.note(key)
         if timeline.ballot == NO_BALLOT:
             # Fetched without its ballot, the record may stand where our vote for it stood. By itself it proves
             # nothing after a restart, so the word that it is chosen goes to disk in the same write.
-            self.core.mark(timeline)
-        self.core.remember_ids(timeline, timeline.chosen, record.request_ids)
-        self.core.counters.add("entries_chosen")
-        if WIPE in record.kinds or is_system(timeline.key):
-            self.core.chores_due.append((timeline.key, timeline.chosen))
-        self.core.on_chosen(timeline, timeline.chosen, record.request_ids)
+            core.mark(timeline)
+        if timeline.ids is not None:
+            core.remember_ids(timeline, entry, record.request_ids)
+        core.counters.add("entries_chosen")
+        core.on_chosen(timeline, entry, record.request_ids)
 
     # ---- values and catching up by log
 

@@ -242,6 +242,7 @@ class CatchUp:
             ballot = incoming.ballot if last else NO_BALLOT
             engine.put(log_key(key, entry), ids_record(ballot, incoming.origin, request_ids))
         if is_system(key):
+            self.core.versions.horizon_moved()
             for version in sorted({version_of(name) for name, _ in incoming.rows}):
                 engine.put(chore_key(key, version), b"")
                 self.core.chores_due.append((key, version))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from ..cold.link import Link, evict_up_to
 from ..errors import ProtocolError
@@ -165,7 +165,7 @@ class Chores:
         for link in links:
             for timeline_key in self._timelines_of(link):
                 yield True
-                complete &= self._evict_timeline(self.core.timeline(timeline_key), link, now)
+                complete &= yield from self._evict_timeline(self.core.timeline(timeline_key), link, now)
         if not complete:
             yield False
 
@@ -183,8 +183,11 @@ class Chores:
                 yield key
             at = prefix_end(rows_prefix(key))
 
-    def _evict_timeline(self, timeline: Timeline, link: Link, now: float) -> bool:
-        """Delete the rows of one timeline that the link's blocks hold. False if this replica is behind."""
+    def _evict_timeline(self, timeline: Timeline, link: Link, now: float) -> Generator[bool, None, bool]:
+        """Delete the rows of one timeline that the link's blocks hold. False if this replica is behind.
+
+        The rows of one item go in one slice, and so in one write.
+        """
         rules = link.rules_of(timeline_hash(link.table, split_timeline(timeline.key)[2]))
         if timeline.chosen < max([rule.version for rule in rules], default=0):
             # Behind, or all replicas have restarted and none remembers that its last entry was chosen.
@@ -198,22 +201,37 @@ class Chores:
         low = prefix + timestamp_floor(link.window_start)
         high = prefix + timestamp_floor(link.window_end)
         doomed: list[bytes] = []
+        seen = 0
         rows = self.core.engine.scan(low, high)
         for name, versions in itertools.groupby(rows, key=lambda row: row[0][:-VERSION_BYTES]):
             known = [(version_of(row_name), decode_row(row)[0]) for row_name, row in versions]
+            seen += len(known)
             known = [row for row in known if row[0] <= timeline.chosen]
             timestamp = split_item_key(name[len(prefix) :])[0]
             last = evict_up_to(rules, timestamp, known[::-1])
             doomed += [name + version.to_bytes(VERSION_BYTES, "big") for version, _ in known if version <= last]
-        if doomed:
-            self._delete(timeline, doomed, max(map(version_of, doomed)))
-            self.core.counters.add("rows_evicted", len(doomed))
+            if seen >= self.core.settings.chore_rows:
+                self._evict(timeline.key, doomed)
+                doomed, seen = [], 0
+                yield True
+        self._evict(timeline.key, doomed)
         return True
+
+    def _evict(self, key: bytes, doomed: list[bytes]) -> None:
+        if doomed:
+            self._delete(self.core.timeline(key), doomed, max(map(version_of, doomed)))
+            self.core.counters.add("rows_evicted", len(doomed))
 
     # ---- trim
 
+    def tail_is_long(self, timeline: Timeline) -> bool:
+        """Whether `trim` has something to do."""
+        settings = self.core.settings
+        too_many = timeline.chosen - timeline.log_low >= 2 * settings.log_keep_entries
+        return too_many or timeline.log_bytes >= settings.log_keep_bytes
+
     def trim(self, timeline: Timeline) -> None:
-        """Keep the log tail bounded, by number and by bytes: called after each chosen entry.
+        """Keep the log tail bounded, by number and by bytes: called after each chosen entry when the tail is long.
 
         By number: beyond twice `log_keep_entries` of them, so many stay. By bytes the tail has an older and a younger
         part; when the younger one, which begins at `log_mark`, has `log_keep_bytes` of keys and values, the older one

@@ -12,16 +12,23 @@ import heapq
 import itertools
 import math
 import random
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..counters import Counters
 from ..errors import InvalidRequest
 from ..keys import is_placed_right
 from ..messages import NO_BALLOT, NO_LIFE, WIPE, Accept, Ballot, Life, Message, PeerMessage, Prepare, Value
 from ..storage.engine import Engine
+from ..storage.version_cache import VersionCache
+from .journal import Journal
 from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
+from .versions import NOT_NOTED, Versions
+
+if TYPE_CHECKING:
+    from .flights import Flight
 
 MAX_ENTRY = (1 << 62) - 1  # of entries, rounds and boots: below what the disk's formats hold
 
@@ -34,9 +41,10 @@ class Settings:
     the present one, so W bounds how long a retry stays safe; of all timelines `request_ids_in_memory` ids are held in
     memory, the others are in the log. `log_keep_entries`: a replica or cache that is further
     behind gets the timeline's state instead of its log; at least W. `log_keep_bytes`: the same in bytes of keys and
-    values, but the ids of W entries stay. `accept_timeout_s`: after this time without a majority the message is sent
+    values, but the ids of W entries stay. `journal_bytes`: of the journal of changes (`journal.py`); a replica that was
+    away for longer compares all timelines. `accept_timeout_s`: after this time without a majority the message is sent
     again; well above a round trip plus an fsync. `backoff_s`: first bound of the random pause after a lost duel;
-    doubles up to `backoff_max_s`.
+    doubles up to `backoff_max_s`. `flight_entries`: so many entries of one step, or more, travel as one message.
     """
 
     timelines_in_memory: int = 200_000
@@ -58,10 +66,13 @@ class Settings:
     transfer_bytes: int = 1 << 20
     incoming_bytes: int = 256 << 20
     message_bytes: int = 8 << 20
+    flight_entries: int = 2
+    journal_bytes: int = 256 << 20
     chore_rows: int = 500
 
 
 PREPARE, ACCEPT, BACKOFF, CATCH_UP = "prepare", "accept", "backoff", "catch-up"
+FLIGHT = "flight"  # of an own vote: for all entries of a flight
 
 
 @dataclass(slots=True)
@@ -114,7 +125,10 @@ class SettleWaiter:
 
 @dataclass(slots=True)
 class Proposal:
-    """This replica's attempt to have `entry` decided. Votes are by replica, with the incarnation that gave them."""
+    """This replica's attempt to have `entry` decided. Votes are by replica, with the incarnation that gave them.
+
+    `flight`: with which it was sent, whose votes count for it too.
+    """
 
     entry: int
     ballot: Ballot
@@ -125,6 +139,7 @@ class Proposal:
     promises: dict[int, tuple[Ballot, Value | None, int]] = field(default_factory=dict)
     attempts: int = 0
     resends: int = 0
+    flight: Flight | None = None
 
 
 @dataclass(slots=True)
@@ -153,7 +168,8 @@ class Timeline:
     `chosen`, `ballot`, `origin`: the last chosen entry, the ballot at which it was chosen and who first proposed it.
     `promised`, `accepted`, `record`: of entry chosen+1, the only one that can be open. `learned`: that it
     was accepted is copied knowledge, not a vote of this replica. `dirty`: number of the engine batch that must be
-    durable before others may be told of this state.
+    durable before others may be told of this state. `digest`, `noted`: its name in the version cache, and what that
+    was told last.
     """
 
     __slots__ = (
@@ -163,10 +179,10 @@ class Timeline:
         "ballot",
         "by_id",
         "chosen",
+        "digest",
         "dirty",
         "floor",
         "held",
-        "id_entries",
         "ids",
         "incoming",
         "key",
@@ -177,6 +193,7 @@ class Timeline:
         "log_low",
         "log_mark",
         "mending",
+        "noted",
         "open_bytes",
         "origin",
         "promised",
@@ -188,8 +205,10 @@ class Timeline:
         "wiped",
     )
 
-    def __init__(self, key: bytes, meta: Meta) -> None:
+    def __init__(self, key: bytes, meta: Meta, digest: bytes = b"") -> None:
         self.key = key
+        self.digest = digest
+        self.noted = NOT_NOTED
         self.chosen = meta.chosen
         self.floor = meta.floor
         self.log_low = meta.log_low
@@ -204,8 +223,7 @@ class Timeline:
         self.record: Record | None = None
         self.learned = False
         self.dirty = 0
-        self.ids: dict[bytes, int] | None = None
-        self.id_entries: deque[tuple[int, list[bytes]]] | None = None  # those of `ids` by entry, oldest first
+        self.ids: dict[bytes, int] | None = None  # of the last W entries, oldest first
         self.proposal: Proposal | None = None
         self.waiting: dict[bytes, Waiter] = {}
         self.settles: list[SettleWaiter] = []
@@ -256,6 +274,7 @@ class Core:
         rng: random.Random,
         wall_us: Callable[[], int],
         counters: Counters,
+        versions: VersionCache | None = None,
     ) -> None:
         self.replica = replica
         self.replicas = replicas
@@ -269,12 +288,14 @@ class Core:
         self.wall_us = wall_us
         self.counters = counters
         self.durable = 0
+        self.versions = Versions(versions, life)
         self.lives: dict[int, Life] = {}
+        self.owned: Set[int] = frozenset()  # buckets of this group
         self.chores_due: list[tuple[bytes, int]] = []
         self.on_chosen: Callable[[Timeline, int, list[bytes]], None] = lambda _t, _e, _i: None
         self._timelines: OrderedDict[bytes, Timeline] = OrderedDict()
         self.unmarked: dict[bytes, Timeline] = {}
-        self._timers: list[tuple[float, int, bytes]] = []
+        self._timers: list[tuple[float, int, list[bytes]]] = []
         self._timer_number = 0
         self.messages: list[tuple[int, int, PeerMessage]] = []  # (after, peer, message)
         self.replies: list[tuple[int, int, Message]] = []  # (after, token, message)
@@ -284,6 +305,8 @@ class Core:
         self._held_bytes = 0
         self._with_ids: OrderedDict[bytes, Timeline] = OrderedDict()  # whose ids are in memory, last used last
         self._ids_held = 0
+        self.journal = Journal(self)
+        engine.before_commit = self._before_commit
 
     def incarnations(self) -> list[int]:
         """By replica, the greatest incarnation that this replica has seen; 0 for none."""
@@ -291,6 +314,10 @@ class Core:
             self.life[1] if replica == self.replica else self.lives[replica][1] if replica in self.lives else 0
             for replica in range(self.replicas)
         ]
+
+    def _before_commit(self) -> None:
+        self.versions.flush()
+        self.journal.write_row()
 
     # ---- outbox
 
@@ -358,18 +385,32 @@ class Core:
         if due < timeline.wakes_at:
             timeline.wakes_at = due
             self._timer_number += 1
-            heapq.heappush(self._timers, (due, self._timer_number, timeline.key))
+            heapq.heappush(self._timers, (due, self._timer_number, [timeline.key]))
+
+    def wake_all_at(self, due: float, timelines: list[Timeline]) -> None:
+        """The same for many timelines, with one timer."""
+        keys = []
+        for timeline in timelines:
+            if due < timeline.wakes_at:
+                timeline.wakes_at = due
+                keys.append(timeline.key)
+        if keys:
+            self._timer_number += 1
+            heapq.heappush(self._timers, (due, self._timer_number, keys))
 
     def due(self, now: float) -> list[Timeline]:
-        """Timelines whose time has come, each once. What has left memory meanwhile had nothing to wait for."""
+        """Timelines whose time has come and that wait for something, each once."""
         ready: dict[bytes, Timeline] = {}
         while self._timers and self._timers[0][0] <= now:
-            due, _, key = heapq.heappop(self._timers)
-            timeline = self._timelines.get(key)
-            if timeline is not None:
-                ready[key] = timeline
+            due, _, keys = heapq.heappop(self._timers)
+            for key in keys:
+                timeline = self._timelines.get(key)
+                if timeline is None:
+                    continue  # what has left memory had nothing to wait for
                 if timeline.wakes_at == due:
                     timeline.wakes_at = math.inf
+                if timeline.proposal is not None or timeline.waiting or timeline.settles:
+                    ready[key] = timeline
         return list(ready.values())
 
     def next_due(self) -> float | None:
@@ -394,6 +435,33 @@ class Core:
             self._timelines.move_to_end(key)
         return found
 
+    def chosen_of(self, keys: Sequence[bytes]) -> list[int]:
+        """How far timelines are chosen, by memory and marks, without taking any into memory.
+
+        Low where a mark was lost in a crash and nobody has loaded the timeline since; see `journal.py`.
+        """
+        absent = [key for key in keys if key not in self._timelines]
+        rows = dict(zip(absent, self.engine.get_many([meta_key(key) for key in absent]), strict=True))
+        found: list[int] = []
+        for key in keys:
+            row = rows.get(key)
+            found.append(self._timelines[key].chosen if key not in rows else Meta.decode(row).chosen if row else 0)
+        return found
+
+    def owned_timeline(self, key: bytes) -> Timeline:
+        """The same for a timeline that a peer names. Raises InvalidRequest too for one of another group."""
+        found = self._timelines.get(key)
+        if found is not None:
+            self._timelines.move_to_end(key)
+            return found
+        if int.from_bytes(key[:4], "big") not in self.owned:
+            raise InvalidRequest(f"timeline {key!r} is of another group")
+        return self.timeline(key)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether a timeline is in memory."""
+        return key in self._timelines
+
     def in_memory(self) -> int:
         """Number of timelines held in memory."""
         return len(self._timelines)
@@ -401,7 +469,7 @@ class Core:
     def _load(self, key: bytes) -> Timeline:
         row = self.engine.get(meta_key(key))
         meta = Meta.decode(row) if row is not None else Meta()
-        timeline = Timeline(key, meta)
+        timeline = Timeline(key, meta, self.versions.digest(key))
         for log_row, encoded in self.engine.scan(log_key(key, meta.chosen), log_key(key, MAX_ENTRY)):
             entry = log_entry(log_row)
             record = decode_record(encoded)
@@ -412,11 +480,15 @@ class Core:
                 timeline.record, timeline.accepted, timeline.learned = record, record.ballot, not record.vote
             else:
                 timeline.origin, timeline.ballot = record.origin, record.ballot
+        if timeline.record is not None and self.versions.proves(timeline):
+            self._apply_loaded(timeline)
+            self.unmarked[key] = timeline
         if meta.promised_entry == timeline.chosen + 1:
             timeline.promised = meta.promised
         if row is None and (timeline.chosen or timeline.record is not None):
             self.unmarked[key] = timeline
         # What is on disk was read back, but may not have been fsync'd before this process began.
+        self.versions.changed.append(timeline)
         return timeline
 
     def _apply_loaded(self, timeline: Timeline) -> None:
@@ -457,10 +529,13 @@ class Core:
         """Write down all that `mark` would."""
         for timeline in list(self.unmarked.values()):
             self.mark(timeline)
+        self.journal.marked()
 
     def touch(self, timeline: Timeline) -> int:
         """Note that the pending engine batch holds state of this timeline; returns the batch's number."""
         timeline.dirty = self.engine.sequence
+        self.versions.changed.append(timeline)
+        self.journal.note(timeline.key)
         return timeline.dirty
 
     # ---- request ids
@@ -468,20 +543,21 @@ class Core:
     def ids_of(self, timeline: Timeline) -> dict[bytes, int]:
         """Request ids of the last W chosen entries, with the entry that applied each."""
         if timeline.ids is None:
-            timeline.ids, timeline.id_entries = {}, deque()
+            timeline.ids = {}
             self._with_ids[timeline.key] = timeline
             low = max(timeline.log_low, timeline.chosen - self.settings.request_id_entries + 1, 1)
             high = log_key(timeline.key, timeline.chosen + 1)
             for log_row, encoded in self.engine.scan(log_key(timeline.key, low), high):
                 self._add_ids(timeline, log_entry(log_row), decode_record(encoded).request_ids)
         self._with_ids.move_to_end(timeline.key)
-        self._bound_ids()
+        if self._ids_held > self.settings.request_ids_in_memory:
+            self._bound_ids()
         return timeline.ids
 
     def remember_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
-        """Add the ids of a chosen entry and forget those of entries older than W, if ids are in memory at all."""
-        if timeline.ids is not None:
-            self._add_ids(timeline, entry, request_ids)
+        """Add the ids of a chosen entry to those in memory, and forget those of entries older than W."""
+        self._add_ids(timeline, entry, request_ids)
+        if self._ids_held > self.settings.request_ids_in_memory:
             self._bound_ids()
 
     def _bound_ids(self) -> None:
@@ -490,23 +566,22 @@ class Core:
             self.forget_ids(next(iter(self._with_ids.values())))
 
     def _add_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
-        assert timeline.ids is not None and timeline.id_entries is not None
+        ids = timeline.ids
+        assert ids is not None
+        held = len(ids)
         for request_id in request_ids:
-            timeline.ids[request_id] = entry
-        timeline.id_entries.append((entry, request_ids))
-        self._ids_held += len(request_ids)
-        oldest = entry - self.settings.request_id_entries
-        while timeline.id_entries[0][0] <= oldest:
-            _, forgotten = timeline.id_entries.popleft()
-            self._ids_held -= len(forgotten)
-            for request_id in forgotten:
-                timeline.ids.pop(request_id, None)
+            ids[request_id] = entry
+        if entry > self.settings.request_id_entries:
+            oldest = entry - self.settings.request_id_entries
+            while ids and ids[first := next(iter(ids))] <= oldest:
+                del ids[first]
+        self._ids_held += len(ids) - held
 
     def forget_ids(self, timeline: Timeline) -> None:
         """Hold the ids of a timeline no longer in memory."""
-        if timeline.id_entries is not None:
-            self._ids_held -= sum(len(request_ids) for _, request_ids in timeline.id_entries)
-            timeline.ids = timeline.id_entries = None
+        if timeline.ids is not None:
+            self._ids_held -= len(timeline.ids)
+            timeline.ids = None
             del self._with_ids[timeline.key]
 
 

@@ -26,21 +26,26 @@ from ..messages import (
     WIPE,
     Accept,
     Accepted,
+    AcceptedAll,
     Ballot,
     Chosen,
+    ChosenAll,
     Nack,
+    PeerMessage,
     Prepare,
     Promise,
     Settled,
     Value,
     Written,
     pack_i64,
+    unpack_u32,
 )
 from .acceptor import FIRST_INCARNATION, Acceptor
 from .core import (
     ACCEPT,
     BACKOFF,
     CATCH_UP,
+    FLIGHT,
     PREPARE,
     Core,
     Job,
@@ -49,6 +54,7 @@ from .core import (
     Timeline,
     Waiter,
 )
+from .flights import Departures, Flight, OwnVote
 
 MAX_IDS_PER_ENTRY = 256
 QUIET_SETTLE_S = 2.0
@@ -63,8 +69,10 @@ class Proposer:
         self.acceptor = acceptor
         self.queued = 0
         self.queued_bytes = 0
-        self._own_votes: list[tuple[int, bytes, int, Ballot, str]] = []  # (engine batch, timeline, ...)
+        self.departures = Departures(core)
+        self._own_votes: list[OwnVote] = []
         self._untold: dict[bytes, tuple[int, Ballot]] = {}  # chosen here, peers not told yet
+        self._untold_flights: list[int] = []
         self._tell_at: float | None = None
 
     # ---- requests
@@ -86,7 +94,8 @@ class Proposer:
         timeline.waiting[waiter.request_id] = waiter
         if timeline.proposal is None:
             self.start(timeline, now)
-        self.core.wake_at(waiter.deadline, timeline)
+        if timeline.proposal is None or waiter.deadline < timeline.proposal.due:
+            self.core.wake_at(waiter.deadline, timeline)  # else its proposal's timer comes first
 
     def refuse(self, waiter: Waiter, outcome: int) -> None:
         """Answer a request that can't be taken."""
@@ -119,7 +128,6 @@ class Proposer:
             value = self._form(timeline, now)
             if value is not None:
                 timeline.proposal = Proposal(entry, (0, self.core.life), ACCEPT, 0.0)
-                self.core.counters.add("fast_accepts")
                 self._send_accept(timeline, timeline.proposal, value, now)
                 return
             if timeline.proposal is not None:
@@ -141,6 +149,7 @@ class Proposer:
         number = max(timeline.promised[0], timeline.accepted[0], proposal.ballot[0], 0) + 1
         proposal.ballot = (number, self.core.life)
         proposal.phase = PREPARE
+        proposal.flight = None
         proposal.promises.clear()
         proposal.votes.clear()
         proposal.resends = 0
@@ -167,11 +176,18 @@ class Proposer:
             if waiter is not None:
                 waiter.sent = True
         batch = self.acceptor.accept(timeline, proposal.ballot, value)
-        self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, ACCEPT))
-        first_of_all = proposal.entry == 1 and proposal.ballot[0] == 0
-        self.core.broadcast(self._accept_message(timeline, proposal), batch if first_of_all else 0)
         self._untold.pop(timeline.key, None)  # `before` in the Accept tells peers that the entry before was chosen
+        if proposal.ballot[0] == 0:
+            proposal.due = now + self.core.settings.accept_timeout_s
+            self.departures.add(timeline, proposal, batch)
+            return
+        self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, ACCEPT))
+        self.core.broadcast(self._accept_message(timeline, proposal))
         self._set_due(timeline, proposal, now)
+
+    def close_step(self) -> None:
+        """Send what was proposed in round 0 since the last step ended."""
+        self._own_votes += self.departures.close()
 
     def _accept_message(self, timeline: Timeline, proposal: Proposal) -> Accept:
         assert proposal.value is not None
@@ -222,16 +238,61 @@ class Proposer:
             return
         assert proposal is not None
         proposal.votes[sender] = incarnation
-        if len(self._current(proposal.votes)) < self.core.majority:
+        if proposal.flight is not None:
+            proposal.flight.mixed = True
+        if len(self._current(self._votes_of(proposal))) < self.core.majority:
             return
+        self._untold[timeline.key] = (proposal.entry, proposal.ballot)
+        self._plan_telling(now)
+        self._choose(timeline, proposal)
+
+    @staticmethod
+    def _votes_of(proposal: Proposal) -> dict[int, int]:
+        return proposal.votes if proposal.flight is None else {**proposal.flight.votes, **proposal.votes}
+
+    def _choose(self, timeline: Timeline, proposal: Proposal) -> None:
         if timeline.accepted != proposal.ballot:
             # The own acceptor has meanwhile accepted at a higher ballot; the entry is chosen all the same.
             assert proposal.value is not None
             self.acceptor.accept(timeline, proposal.ballot, proposal.value)
-        self._untold[timeline.key] = (proposal.entry, proposal.ballot)
+        self.acceptor.choose(timeline)
+
+    def _plan_telling(self, now: float) -> None:
         if self._tell_at is None:
             self._tell_at = now + self.core.settings.chosen_delay_s
-        self.acceptor.choose(timeline)
+
+    def on_accepted_all(self, sender: int, incarnation: int, message: AcceptedAll, now: float) -> None:
+        """Count a vote for all entries of a flight, or for all but some, whose answers come by themselves."""
+        flight = self.departures.find(message.number) if message.life == self.core.life else None
+        if flight is None:
+            return  # decided, or so old that its entries are repeated one by one
+        others = set(unpack_u32(message.others))
+        if not others:
+            self._count(flight, sender, incarnation, now)
+            return
+        for index, (timeline, proposal) in enumerate(flight.members):
+            if index not in others and timeline.proposal is proposal:
+                vote = Accepted(timeline.key, proposal.entry, (0, self.core.life))
+                self.on_accepted(timeline, sender, incarnation, vote, now)
+
+    def _count(self, flight: Flight, sender: int, incarnation: int, now: float) -> None:
+        """Count a vote for all entries of a flight; with a majority of them all are chosen."""
+        flight.votes[sender] = incarnation
+        chosen = len(self._current(flight.votes)) >= self.core.majority
+        if chosen:
+            self.departures.decide(flight)
+            self._untold_flights.append(flight.number)
+            self._plan_telling(now)
+        elif not flight.mixed:
+            return
+        for timeline, proposal in flight.members:
+            if timeline.proposal is not proposal or proposal.flight is not flight or proposal.phase != ACCEPT:
+                continue
+            if chosen:
+                self._choose(timeline, proposal)
+            elif proposal.votes:  # those of its own may make a majority with these
+                vote = Accepted(timeline.key, proposal.entry, proposal.ballot)
+                self.on_accepted(timeline, sender, incarnation, vote, now)
 
     def on_nack(self, timeline: Timeline, sender: int, message: Nack, now: float) -> None:
         """Step back for a random time that doubles, then prepare a higher round."""
@@ -246,6 +307,7 @@ class Proposer:
         settings = self.core.settings
         timeline.backoff_s = min(max(timeline.backoff_s * 2, settings.backoff_s), settings.backoff_max_s)
         proposal.phase = BACKOFF
+        proposal.flight = None
         proposal.attempts += 1
         proposal.ballot = (max(proposal.ballot[0], against[0]), self.core.life)
         proposal.due = now + self.core.rng.uniform(0, timeline.backoff_s)
@@ -275,12 +337,18 @@ class Proposer:
 
     def durable(self, now: float) -> None:
         """Count our own votes whose records are on disk."""
+        self.close_step()
         ready = [vote for vote in self._own_votes if vote[0] <= self.core.durable]
         if not ready:
             return
         self._own_votes = [vote for vote in self._own_votes if vote[0] > self.core.durable]
         incarnation = self.core.life[1]
         for _, key, entry, ballot, phase in ready:
+            if phase == FLIGHT:
+                flight = self.departures.find(entry)
+                if flight is not None:
+                    self._count(flight, self.core.replica, incarnation, now)
+                continue
             timeline = self.core.timeline(key)
             if phase == ACCEPT:
                 self.on_accepted(timeline, self.core.replica, incarnation, Accepted(key, entry, ballot), now)
@@ -317,10 +385,12 @@ class Proposer:
         """Tell peers what was chosen, when the delay is over or when a message leaves for them anyway."""
         if self._tell_at is None or not (force or now >= self._tell_at):
             return
-        told = [Chosen(key, entry, ballot) for key, (entry, ballot) in self._untold.items()]
+        told: list[PeerMessage] = [Chosen(key, entry, ballot) for key, (entry, ballot) in self._untold.items()]
+        told += [ChosenAll(number, self.core.life) for number in self._untold_flights]
         # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
         self.core.messages[:0] = [(0, peer, message) for message in told for peer in self.core.peers]
         self._untold.clear()
+        self._untold_flights.clear()
         self._tell_at = None
 
     def next_due(self) -> float | None:
@@ -374,7 +444,7 @@ class Proposer:
             if proposal.phase == PREPARE
             else self._accept_message(timeline, proposal)
         )
-        answered = self._current(proposal.promises if proposal.phase == PREPARE else proposal.votes)
+        answered = self._current(proposal.promises if proposal.phase == PREPARE else self._votes_of(proposal))
         first_of_all = proposal.phase == ACCEPT and proposal.entry == 1 and proposal.ballot[0] == 0
         for peer in self.core.peers:
             if peer not in answered:
@@ -472,6 +542,9 @@ class Proposer:
 
 def _merge(waiters: list[Waiter]) -> tuple[bytes, list[bytes], list[bytes]]:
     """Mutations of several requests as one entry: of one key the later wins, a WIPE drops all before it."""
+    first = waiters[0]
+    if len(waiters) == 1 == len(first.keys):
+        return first.kinds, first.keys, first.values
     merged: dict[bytes, tuple[int, bytes]] = {}
     for waiter in waiters:
         for kind, key, value in zip(waiter.kinds, waiter.keys, waiter.values, strict=True):

@@ -30,6 +30,7 @@ from ..messages import (
     SAME,
     WIPE,
     AskChosen,
+    AskSame,
     AskVersions,
     Check,
     Checked,
@@ -37,12 +38,14 @@ from ..messages import (
     LinkRef,
     Links,
     Open,
+    Same,
     Versions,
     pack_i64,
     pack_u32,
     unpack_i64,
     unpack_u32,
 )
+from ..storage.version_cache import DIRTY
 from .acceptor import Acceptor
 from .core import Core, Timeline
 from .links import NO_LINKS, LinkIndex, TableLinks
@@ -93,7 +96,7 @@ class _Answer:
         self.horizons.append(MIN_TIMESTAMP)
         self.floors.append(b"")
 
-    def message(self, incarnations: list[int]) -> Checked:
+    def message(self, incarnations: list[int], mark: int) -> Checked:
         return Checked(
             pack_i64(self.chosen),
             self.opens,
@@ -109,6 +112,7 @@ class _Answer:
             self.floors,
             self.links,
             incarnations,
+            mark,
         )
 
 
@@ -122,12 +126,25 @@ class Reads:
 
     # ---- versions
 
+    def same(self, message: AskSame) -> tuple[Same, int]:
+        """Answer from the version cache alone; what that says is durable, so there is nothing to wait for."""
+        others = self.core.versions.others(message.digests, message.versions)
+        self.core.counters.add("same_questions", len(message.versions) // 8)
+        self.core.counters.add("same_others", len(others))
+        return Same(others.astype("<u4").tobytes(), self.core.versions.mark, self.core.incarnations()), 0
+
     def versions(self, message: AskVersions) -> tuple[Versions, int]:
         """Answer, and the engine batch that must be durable before it leaves."""
+        absent = [key for key in message.timelines if not self.core.holds(key)]
+        cached = dict(zip(absent, self.core.versions.look_up(absent), strict=True)) if absent else {}
         chosen: list[int] = []
         opens: list[Open] = []
         after = 0
         for index, key in enumerate(message.timelines):
+            version = cached.get(key, DIRTY)
+            if version != DIRTY:
+                chosen.append(version)
+                continue
             timeline = self.core.timeline(key)
             chosen.append(timeline.chosen)
             if timeline.accepted != NO_BALLOT:
@@ -192,7 +209,7 @@ class Reads:
                     limit=2 * MAX_ANSWER_BYTES,
                 )
         self.core.counters.add("checks", len(have))
-        return answer.message(self.core.incarnations()), answer.after
+        return answer.message(self.core.incarnations(), self.core.versions.mark), answer.after
 
     def _is_behind_its_links(self, timeline: Timeline, now: float) -> bool:
         """Whether a block holds newer rows of the timeline than this replica has applied; then it fetches.

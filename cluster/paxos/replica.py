@@ -39,15 +39,20 @@ from ..messages import (
     WIPE,
     Accept,
     Accepted,
+    AcceptedAll,
+    Accepts,
     AskAccepted,
+    AskChanged,
     AskChosen,
     AskDigests,
+    AskSame,
     AskTables,
     AskVersions,
     Ballot,
     Check,
     Checked,
     Chosen,
+    ChosenAll,
     Entries,
     Fetch,
     Life,
@@ -63,7 +68,9 @@ from ..messages import (
     Scan,
     Scanned,
     Settle,
+    SingleMessage,
     State,
+    Unheard,
     Write,
     Written,
     pack_i64,
@@ -71,20 +78,24 @@ from ..messages import (
     unpack_u32,
 )
 from ..storage.engine import Engine
+from ..storage.version_cache import VersionCache
 from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores
 from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline, Waiter
 from .digests import DigestIndex
+from .flights import Arrivals
+from .flights import is_sound as flights_fit
 from .learning import Learning
 from .links import LinkIndex, is_record
 from .proposer import Proposer
 from .reads import Reads
 from .rows import life_key
 from .scans import Scans
+from .slices import Slices
 
 JOINING, VOTING, FENCED, LEARNING = "joining", "voting", "fenced", "learning"
-Question = Check | AskVersions | AskChosen | AskTables | AskAccepted | AskDigests | Mend | Scan
+Question = Check | AskVersions | AskSame | AskChosen | AskChanged | AskTables | AskAccepted | AskDigests | Mend | Scan
 PAST_LIVES = 64  # that a folder remembers; see `identity.py`
 MAX_TIMEOUT_MS = 300_000
 MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece
@@ -105,6 +116,7 @@ class Replica:
     """See the module's text. `owned`: buckets of this group, ascending. `buckets`: of the whole cluster.
 
     `past`: boots of earlier lives of this folder in this incarnation, oldest first. `learner`: it lost its data.
+    `versions`: of this life; None for a small one in memory.
     """
 
     def __init__(
@@ -122,6 +134,7 @@ class Replica:
         counters: Counters,
         past: Sequence[int] = (),
         learner: bool = False,
+        versions: VersionCache | None = None,
     ) -> None:
         self.core = Core(
             replica=replica,
@@ -133,12 +146,14 @@ class Replica:
             rng=rng,
             wall_us=wall_us,
             counters=counters,
+            versions=versions,
         )
         self.owned = owned
-        self._owned_set = frozenset(owned)
+        self._owned_set = self.core.owned = frozenset(owned)
         self.links = LinkIndex(self.core)
         self.acceptor = Acceptor(self.core)
         self.proposer = Proposer(self.core, self.acceptor)
+        self.arrivals = Arrivals(self.core, self.acceptor)
         self.catch_up = CatchUp(self.core, self.acceptor)
         self.chores = Chores(self.core, self.acceptor, self.links, self._settle_quietly)
         self.reads = Reads(self.core, self.acceptor, self.links)
@@ -222,13 +237,14 @@ class Replica:
         What passes here goes to disks and peers and must not trouble any of them: an entry that exceeds a frame, or
         a link that can't be read, would stop its timeline for good.
         """
-        try:
-            if not is_placed_right(key, self.core.buckets):
+        if not self.core.holds(key):  # else it was judged when it came into memory
+            try:
+                if not is_placed_right(key, self.core.buckets):
+                    return INVALID
+            except InvalidRequest:
                 return INVALID
-        except InvalidRequest:
-            return INVALID
-        if int.from_bytes(key[:4], "big") not in self._owned_set:
-            return MISPLACED
+            if int.from_bytes(key[:4], "big") not in self._owned_set:
+                return MISPLACED
         system = is_system(key)
         for kind, item, value in zip(waiter.kinds, waiter.keys, waiter.values, strict=True):
             if kind == WIPE:
@@ -270,8 +286,12 @@ class Replica:
         elif isinstance(message, AskVersions):
             self._require_owned(message.timelines)
             answer, after = self.reads.versions(message)
+        elif isinstance(message, AskSame):
+            answer, after = self.reads.same(message)
         elif isinstance(message, AskChosen):
             answer, after = self.reads.chosen_list(message, self._owned_set), 0
+        elif isinstance(message, AskChanged):
+            answer, after = self.core.journal.answer(message), 0
         elif isinstance(message, AskTables):
             answer, after = self.scans.tables(message, self.owned), 0
         elif isinstance(message, AskAccepted):
@@ -283,6 +303,18 @@ class Replica:
             answer, after = self._mend(message, now), 0
         else:
             answer, after = self.scans.scan(message, self.owned)
+        self.answer(token, answer, after)
+
+    def slices(self, message: Scan | AskDigests) -> Slices[tuple[Message, int]]:
+        """The answer to a question about many rows, made a slice at a time, and what it depends on, for `answer`."""
+        self.require_voting()
+        if isinstance(message, Scan):
+            return self.scans.slices(message, self.owned)
+        self._require_owned(message.timelines)
+        return self.digests.slices(message, self._owned_set)
+
+    def answer(self, token: int, answer: Message, after: int) -> None:
+        """Have an answer leave by `token` when batch `after` is durable. Raises Unavailable if too much waits."""
         if after > self.core.durable and not self.core.has_room(_answer_bytes(answer), after):
             raise overloaded(f"storage replica {self.core.replica}: too many answers wait for the disk")
         self.core.reply(token, answer, after)
@@ -335,6 +367,7 @@ class Replica:
         mine = self.core.life
         if self._is_foreign(batch.incarnation_seen, batch.boot_seen):
             self.state = FENCED
+            self.proposer.close_step()
             self.core.messages.clear()  # votes too
             self.reason = (
                 f"replica {sender} has seen a life of this one that its folder does not know (incarnation "
@@ -357,12 +390,13 @@ class Replica:
         for message in batch.messages:
             if self.state == LEARNING and not isinstance(message, Entries | State):
                 continue
-            if int.from_bytes(message.timeline[:4], "big") not in self._owned_set:
-                continue
             try:
                 if not _is_sound(message):
                     raise InvalidRequest("its columns don't fit")
-                self._peer_message(now, sender, batch.life[1], message)
+                if isinstance(message, Accepts | AcceptedAll | ChosenAll | Unheard):
+                    self._peer_flight(now, sender, batch.life[1], message)
+                elif int.from_bytes(message.timeline[:4], "big") in self._owned_set:
+                    self._peer_message(now, sender, batch.life[1], message)
             except InvalidRequest:
                 self.core.counters.add("malformed_peer_messages")
 
@@ -393,7 +427,20 @@ class Replica:
         self._life_noted_in = self.core.engine.sequence
         self._hello = True  # it may wait for our confirmation
 
-    def _peer_message(self, now: float, sender: int, incarnation: int, message: PeerMessage) -> None:
+    def _peer_flight(
+        self, now: float, sender: int, incarnation: int, message: Accepts | AcceptedAll | ChosenAll | Unheard
+    ) -> None:
+        match message:
+            case Accepts():
+                self.arrivals.on_accepts(sender, message, now)
+            case AcceptedAll():
+                self.proposer.on_accepted_all(sender, incarnation, message, now)
+            case ChosenAll():
+                self.arrivals.on_chosen_all(sender, message, now)
+            case Unheard():
+                self.proposer.departures.on_unheard(sender, message)
+
+    def _peer_message(self, now: float, sender: int, incarnation: int, message: SingleMessage) -> None:
         timeline = self.core.timeline(message.timeline)
         match message:
             case Accept():
@@ -452,12 +499,16 @@ class Replica:
         """All engine batches up to `batch` are on disk."""
         self._now = now
         self.core.durable = max(self.core.durable, batch)
+        self.core.versions.durable(batch)
         self.proposer.durable(now)
 
     def run_chores(self, now: float) -> bool:
         """Do a slice of background work; True if there is more."""
         self._now = now
-        return self.state in (VOTING, LEARNING) and self.chores.run(now)
+        if self.state not in (VOTING, LEARNING):
+            return False
+        trims = self.core.journal.trim()
+        return self.chores.run(now) or trims
 
     # ---- output
 
@@ -476,6 +527,7 @@ class Replica:
         """What may leave now."""
         output = Output()
         core = self.core
+        core.versions.flush()  # before anything leaves, and while what has changed is in memory
         core.shrink()
         for timeline in core.due(now):
             self.proposer.wake(timeline, now)
@@ -483,6 +535,7 @@ class Replica:
             output.replies = [(token, message) for after, token, message in core.replies if after <= core.durable]
             core.replies = [reply for reply in core.replies if reply[0] > core.durable]
         core.forget_sent()
+        self.proposer.close_step()
         if self._life_noted_in > core.durable:
             return output  # a peer's life must be on disk before it hears from us
         if core.messages:
@@ -520,10 +573,11 @@ class Replica:
         return [PeerBatch(self.core.life, incarnation, boot, batch, past) for batch in batches]
 
     def _on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
-        self.proposer.on_chosen(timeline, entry, request_ids, self._now)
+        if timeline.busy:
+            self.proposer.on_chosen(timeline, entry, request_ids, self._now)
         if is_system(timeline.key):
             self.catch_up.on_system_chosen(timeline, self._now)
-        if not self.catch_up.keeps_tail(timeline):
+        if self.chores.tail_is_long(timeline) and not self.catch_up.keeps_tail(timeline):
             self.chores.trim(timeline)
 
 
@@ -559,6 +613,10 @@ def _is_sound(message: PeerMessage) -> bool:
             return all(len(value.kinds) == len(value.keys) == len(value.values) for value in values)
         case State(version=version, row_keys=row_keys, rows=rows):
             return 0 <= version < MAX_ENTRY and len(row_keys) == len(rows) and all(len(key) >= 18 for key in row_keys)
+        case Accepts():
+            return flights_fit(message)
+        case AcceptedAll(others=others):
+            return len(others) % 4 == 0
         case _:
             return True
 
@@ -571,6 +629,8 @@ def _weight(message: PeerMessage) -> int:
     match message:
         case Accept(value=value) | Promise(value=value) if value is not None:
             return 64 + sum(map(len, value.values)) + sum(map(len, value.keys))
+        case Accepts(timelines=timelines, keys=keys, values=column):
+            return 64 + 64 * len(timelines) + sum(map(len, keys)) + sum(map(len, column))
         case Entries(values=values):
             return 64 + sum(sum(map(len, value.values)) + sum(map(len, value.keys)) for value in values)
         case State(rows=rows, row_keys=row_keys):

@@ -6,6 +6,7 @@
 | `R timeline item-key version` | written, kind, value | one version of an item; `version` is the entry that wrote it |
 | `M timeline` | `Meta` | promise, and how far the log was known to be chosen when this was written |
 | `C timeline entry` | b"" | a chore (evict, purge) is due once that entry is chosen |
+| `J boot number` | timeline keys | which timelines an engine batch changed, see `journal.py` |
 | `N name` | | facts of the replica itself: identity, the greatest life seen of each peer |
 
 A value is written once, in its `R` row, at accept time. A row above the chosen version is invisible. `M` may lag:
@@ -27,8 +28,10 @@ ROW_HEAD_BYTES = _ROW_HEAD.size
 VERSION_BYTES = 8
 
 
-class Record(msgspec.Struct, array_like=True):
+class Record(msgspec.Struct, array_like=True, gc=False):
     """One accepted log entry without its values. A record without keys may stand for a trimmed entry's ids.
+
+    Like `Value` it is none of the garbage collector's business.
 
     `vote`: False if it is only known that somebody accepted it, because this replica copied it when it had lost its
     data: knowledge to be told in a Promise, never a vote.
@@ -125,10 +128,13 @@ def decode_row(row: bytes) -> tuple[int, int, bytes]:
     return written, kind, row[ROW_HEAD_BYTES:]
 
 
-def encode_record(ballot: Ballot, value: Value, *, vote: bool = True) -> bytes:
-    return _record_encoder.encode(
-        Record(ballot, value.origin, value.written, value.request_ids, value.kinds, value.keys, vote)
-    )
+def record_of(ballot: Ballot, value: Value, *, vote: bool = True) -> Record:
+    """A value that was accepted at `ballot`, without its contents."""
+    return Record(ballot, value.origin, value.written, value.request_ids, value.kinds, value.keys, vote)
+
+
+def encode_record(record: Record) -> bytes:
+    return _record_encoder.encode(record)
 
 
 def ids_record(ballot: Ballot, origin: Life, request_ids: list[bytes]) -> bytes:

@@ -1,23 +1,39 @@
-"""What a replica answers to the sink: rows that may sink, bucket by bucket."""
+"""What a replica answers to the sink: rows that may sink, bucket by bucket.
+
+A scan is made in slices (`slices.py`), because a bucket may have many rows and readers wait meanwhile. Links, horizon
+and version of the bucket's system timeline are of one instant, and so are the rows of each timeline; when a link is
+chosen in between, the answer ends before the next timeline.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from ..cold.link import encode_link
 from ..keys import bucket_prefix, system_timeline, timestamp_floor
 from ..messages import AskTables, Scan, Scanned, Tables, pack_i64, pack_u32
-from .core import Core, Timeline
+from .core import Core
 from .links import LinkIndex, TableLinks
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
+from .slices import Pinned, Slices, in_one_slice, until_it_holds
 
 BUCKETS_PER_ANSWER = 64
-ROWS_PER_ANSWER = 50_000  # rows looked at, so that one question never holds the replica for long
+ROWS_PER_ANSWER = 50_000  # rows looked at, so that an answer does not take for ever
 MAX_ANSWER_BYTES = 16 << 20  # whatever is asked for; a timeline is never split
+_SEEK_ROWS = 8  # a seek takes about as long as so many rows
+
+_Row = tuple[bytes, int, int, int, bytes]  # item key, version, written, kind, value
 
 
 class _Answer:
-    def __init__(self) -> None:
+    """Columns of a `Scanned` while it grows. `seen`: rows looked at; `work`: the same since the last slice."""
+
+    def __init__(self, bucket: int, links: TableLinks, system_version: int, dirty: int) -> None:
+        self.bucket = bucket
+        self.links = links
+        self.system_version = system_version
+        self.after = dirty
         self.timelines: list[bytes] = []
         self.timeline_versions: list[int] = []
         self.wiped: list[int] = []
@@ -28,11 +44,27 @@ class _Answer:
         self.versions: list[int] = []
         self.written: list[int] = []
         self.size = 0
-        self.seen = 0
 
-    def message(self, bucket: int, system: Timeline, links: TableLinks, following: tuple[int, bytes]) -> Scanned:
+    def add(self, pinned: Pinned, rows: list[_Row]) -> None:
+        """Add the eligible rows of one timeline."""
+        self.after = max(self.after, pinned.dirty)
+        if not rows:
+            return
+        for key, version, written, kind, value in rows:
+            self.kinds.append(kind)
+            self.keys.append(key)
+            self.values.append(value)
+            self.versions.append(version)
+            self.written.append(written)
+            self.size += len(key) + len(value) + 32
+        self.timelines.append(pinned.key)
+        self.timeline_versions.append(pinned.version)
+        self.wiped.append(pinned.wiped)
+        self.counts.append(len(rows))
+
+    def message(self, next_bucket: int, next_cursor: bytes) -> Scanned:
         return Scanned(
-            bucket,
+            self.bucket,
             self.timelines,
             pack_i64(self.timeline_versions),
             pack_i64(self.wiped),
@@ -42,11 +74,11 @@ class _Answer:
             self.values,
             pack_i64(self.versions),
             pack_i64(self.written),
-            [encode_link(link) for link in links.links],
-            system.chosen,
-            links.horizon,
-            following[0],
-            following[1],
+            [encode_link(link) for link in self.links.links],
+            self.system_version,
+            self.links.horizon,
+            next_bucket,
+            next_cursor,
         )
 
 
@@ -58,29 +90,32 @@ class Scans:
         self.links = links
 
     def scan(self, message: Scan, owned: Sequence[int]) -> tuple[Scanned, int]:
+        """Result of `slices`, without a break."""
+        return in_one_slice(self.slices(message, owned))
+
+    def slices(self, message: Scan, owned: Sequence[int]) -> Slices[tuple[Scanned, int]]:
         """Eligible rows of the next bucket that has any, and the engine batch that must be durable first."""
-        answer = _Answer()
-        buckets = [bucket for bucket in owned if bucket >= message.bucket][: BUCKETS_PER_ANSWER + 1]
+        work = _Work(self.core.settings.chore_rows)
+        buckets = list(islice((bucket for bucket in owned if bucket >= message.bucket), BUCKETS_PER_ANSWER + 1))
         if not buckets:
-            buckets, last = [message.bucket], message.bucket
+            return self._nothing(message, message.bucket, -1)
         for position, bucket in enumerate(buckets):
-            last = bucket
             following = buckets[position + 1] if position + 1 < len(buckets) else -1
-            if position == BUCKETS_PER_ANSWER or answer.seen >= ROWS_PER_ANSWER:
-                return self._done(answer, bucket, message, (bucket, b""))
+            if position == BUCKETS_PER_ANSWER or work.seen >= ROWS_PER_ANSWER:
+                return self._nothing(message, bucket, bucket)
             cursor = message.cursor if bucket == message.bucket else b""
-            rest = self._scan_bucket(answer, bucket, message, cursor)
+            answer, rest = yield from self._scan_bucket(bucket, message, cursor, work)
             if rest:
-                return self._done(answer, bucket, message, (bucket, rest))
-            if answer.timelines or self._has_links(bucket, message.table):
-                return self._done(answer, bucket, message, (following, b""))
-        return self._done(answer, last, message, (-1, b""))
+                return answer.message(bucket, rest), answer.after
+            if answer.timelines or answer.links.links:  # the sink sees links for expired windows and files in use
+                return answer.message(following, b""), answer.after
+        return self._nothing(message, buckets[-1], -1)
 
     def tables(self, message: AskTables, owned: Sequence[int]) -> Tables:
         """Names of the tables that have rows or links in the next buckets; one seek for each table of a bucket."""
         names: set[bytes] = set()
         for seeks, bucket in enumerate(bucket for bucket in owned if bucket >= message.bucket):
-            if seeks >= BUCKETS_PER_ANSWER * 16:
+            if seeks >= BUCKETS_PER_ANSWER:
                 return Tables(sorted(names), bucket)
             names.update(self.links.of_bucket(bucket).tables)
             prefix = b"R" + bucket_prefix(bucket)
@@ -91,64 +126,106 @@ class Scans:
                 at = prefix_end(row[0][:name_end])
         return Tables(sorted(names), -1)
 
-    def _has_links(self, bucket: int, table: bytes) -> bool:
-        """Whether the sink has to see this bucket for its links alone (expired windows, references to files)."""
-        return bool(self.links.of_table(bucket, table).links)
-
-    def _done(self, answer: _Answer, bucket: int, message: Scan, following: tuple[int, bytes]) -> tuple[Scanned, int]:
+    def _begin(self, bucket: int, table: bytes) -> _Answer:
         system = self.core.timeline(system_timeline(bucket))
-        links = self.links.of_table(bucket, message.table)
-        after = max([system.dirty, *(self.core.timeline(key).dirty for key in answer.timelines)])
-        return answer.message(bucket, system, links, following), after
+        return _Answer(bucket, self.links.of_table(bucket, table), system.chosen, system.dirty)
 
-    def _scan_bucket(self, answer: _Answer, bucket: int, message: Scan, cursor: bytes) -> bytes:
-        """Add the bucket's eligible timelines from `cursor` on. Returns where to go on, b"" when it is done."""
+    def _nothing(self, message: Scan, bucket: int, next_bucket: int) -> tuple[Scanned, int]:
+        answer = self._begin(bucket, message.table)
+        return answer.message(next_bucket, b""), answer.after
+
+    def _scan_bucket(self, bucket: int, message: Scan, cursor: bytes, work: _Work) -> Slices[tuple[_Answer, bytes]]:
+        """The bucket's eligible timelines from `cursor` on, and where to go on, b"" when that was all."""
+        answer = self._begin(bucket, message.table)
         prefix = b"R" + bucket_prefix(bucket) + bytes((len(message.table),)) + message.table
         at = max(b"R" + cursor, prefix)
         limit_bytes = min(message.limit_bytes, MAX_ANSWER_BYTES)
         end = prefix_end(prefix)
         while True:
+            if work.done(_SEEK_ROWS):
+                yield
             row = next(iter(self.core.engine.scan(at, end)), None)
             if row is None:
-                return b""
+                return answer, b""
             key = row[0][1 : len(prefix) + 1 + row[0][len(prefix)]]
-            if answer.timelines and (answer.size >= limit_bytes or answer.seen >= ROWS_PER_ANSWER):
-                return key
-            self._scan_timeline(answer, self.core.timeline(key), message)
+            if answer.timelines and (answer.size >= limit_bytes or work.seen >= ROWS_PER_ANSWER):
+                return answer, key
+            pinned, rows = yield from until_it_holds(_Timeline(self, key, message, work).read)
+            if pinned.system_version != answer.system_version:  # a link was chosen since the answer began
+                if answer.timelines:
+                    return answer, key
+                answer = self._begin(bucket, message.table)
+                continue
+            answer.add(pinned, rows)
             at = prefix_end(rows_prefix(key))
 
-    def _scan_timeline(self, answer: _Answer, timeline: Timeline, message: Scan) -> None:
-        prefix = rows_prefix(timeline.key)
-        bound = prefix + timestamp_floor(message.event_before)
-        start = len(answer.keys)
-        for key, version, (written, kind, value) in self._newest(answer, timeline, prefix, bound):
-            if written >= message.written_before:
-                continue
-            answer.kinds.append(kind)
-            answer.keys.append(key)
-            answer.values.append(value)
-            answer.versions.append(version)
-            answer.written.append(written)
-            answer.size += len(key) + len(value) + 32
-        if len(answer.keys) > start:
-            answer.timelines.append(timeline.key)
-            answer.timeline_versions.append(timeline.chosen)
-            answer.wiped.append(timeline.wiped)
-            answer.counts.append(len(answer.keys) - start)
 
-    def _newest(
-        self, answer: _Answer, timeline: Timeline, prefix: bytes, bound: bytes
-    ) -> Iterator[tuple[bytes, int, tuple[int, int, bytes]]]:
-        """Newest chosen row of each item below `bound`, oldest item first."""
-        found: tuple[bytes, int, bytes] | None = None
-        for name, row in self.core.engine.scan(prefix, bound):
-            answer.seen += 1
+class _Work:
+    """Counts rows, so that a slice ends after `slice_rows` of them."""
+
+    def __init__(self, slice_rows: int) -> None:
+        self.seen = 0
+        self._slice_rows = slice_rows
+        self._since = 0
+
+    def done(self, rows: int) -> bool:
+        """Note that so many rows were looked at. Whether the slice should end."""
+        self.seen += rows
+        self._since += rows
+        if self._since < self._slice_rows:
+            return False
+        self._since = 0
+        return True
+
+
+class _Timeline:
+    """The eligible rows of one timeline."""
+
+    def __init__(self, scans: Scans, key: bytes, message: Scan, work: _Work) -> None:
+        self._core = scans.core
+        self._key = key
+        self._message = message
+        self._work = work
+
+    def read(self, whole: bool) -> Slices[tuple[Pinned, list[_Row]] | None]:
+        """The rows, oldest item first, and as of when they are; None if that version's rows may be gone."""
+        core, message = self._core, self._message
+        timeline = core.timeline(self._key)
+        system = core.timeline(system_timeline(int.from_bytes(self._key[:4], "big")))
+        pinned = Pinned(core, timeline, system, timeline.chosen)
+        prefix = rows_prefix(self._key)
+        newest = _Newest(prefix, pinned.version)
+        found: list[_Row] = []
+        for part in pinned.rows(prefix, prefix + timestamp_floor(message.event_before), whole=whole):
+            if part is None:
+                return None
+            found += [row for row in newest.of(part) if row[2] < message.written_before]
+            if self._work.done(len(part)) and not whole:
+                yield
+        found += [row for row in newest.last() if row[2] < message.written_before]
+        return pinned, found
+
+
+class _Newest:
+    """The newest row of each item as of a version, from rows that come item by item, oldest version first."""
+
+    def __init__(self, prefix: bytes, version: int) -> None:
+        self._start = len(prefix)
+        self._version = version
+        self._known: tuple[bytes, int, bytes] | None = None
+
+    def of(self, rows: list[tuple[bytes, bytes]]) -> Iterator[_Row]:
+        for name, row in rows:
             version = version_of(name)
-            if version > timeline.chosen:
+            if version > self._version:
                 continue
-            key = name[len(prefix) : -VERSION_BYTES]
-            if found is not None and found[0] != key:
-                yield found[0], found[1], decode_row(found[2])
-            found = key, version, row
-        if found is not None:
-            yield found[0], found[1], decode_row(found[2])
+            key = name[self._start : -VERSION_BYTES]
+            if self._known is not None and self._known[0] != key:
+                yield from self.last()
+            self._known = key, version, row
+
+    def last(self) -> Iterator[_Row]:
+        if self._known is not None:
+            key, version, row = self._known
+            yield (key, version, *decode_row(row))
+            self._known = None

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import Unavailable
-from ..messages import Accept, Entries, PeerBatch, PeerMessage, Prepare, State
+from ..messages import Accept, Accepts, Entries, PeerBatch, PeerMessage, Prepare, State
 
 RETRY_AFTER_S = 1.0
 TOLD_FOR_S = 10.0  # how long a peer's word that its disk is full counts; it repeats it every few seconds
@@ -90,5 +90,7 @@ class DiskRoom:
 
     def _allows(self, message: PeerMessage) -> bool:
         if self.bare:
-            return not isinstance(message, Accept | Prepare | Entries | State)
-        return not (isinstance(message, Entries | State) or (isinstance(message, Accept) and message.ballot[0] == 0))
+            return not isinstance(message, Accept | Accepts | Prepare | Entries | State)
+        if isinstance(message, Accept):
+            return message.ballot[0] > 0
+        return not isinstance(message, Accepts | Entries | State)

@@ -9,7 +9,7 @@ core knows by the number when an answer that depends on a write may leave.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -45,6 +45,9 @@ class Engine(Protocol):
 
     sequence: int
     """Number of the batch that pending writes belong to; grows by one with each `commit` of a non-empty batch."""
+
+    before_commit: Callable[[], None]
+    """Called by each `commit` first: it may add to the batch."""
 
     def put(self, key: bytes, value: bytes) -> None:
         """Add a write to the pending batch."""
@@ -118,6 +121,7 @@ class RocksEngine:
         self._unsynced.sync = False
         self._batch = WriteBatch(raw_mode=True)
         self.sequence = 1
+        self.before_commit: Callable[[], None] = _nothing
 
     def put(self, key: bytes, value: bytes) -> None:
         self._batch.put(key, value)
@@ -126,6 +130,7 @@ class RocksEngine:
         self._batch.delete(key)
 
     def commit(self) -> int:
+        self.before_commit()
         if not self._batch.is_empty():
             try:
                 self._db.write(self._batch, self._unsynced)
@@ -209,6 +214,10 @@ class RocksEngine:
         self.commit()
         self._db.flush_wal(True)
         self._db.close()
+
+
+def _nothing() -> None:
+    """What an engine does before a commit, unless it was told otherwise."""
 
 
 def _up(rows: Any, low: bytes, bounds: ReadOptions) -> Iterator[tuple[bytes, bytes]]:

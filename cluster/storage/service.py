@@ -26,12 +26,15 @@ from ..drive import drive
 from ..errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
 from ..gate import ITEM_BYTES, REQUEST_BYTES, Gate
 from ..identity import Identity
+from ..keys import digest_seed
 from ..memory.service import CacheService
 from ..messages import (
     AskAccepted,
+    AskChanged,
     AskChosen,
     AskDigests,
     AskLives,
+    AskSame,
     AskTables,
     AskVersions,
     Check,
@@ -56,6 +59,7 @@ from .disk_room import DiskRoom
 from .engine import DurableEngine, EngineDamaged, EngineFailed
 from .home import EngineHome, OpenEngine, remove_engine, rocks_opener
 from .learning import Progress, Rejoin, Step, ask_lives
+from .version_home import PrivateVersions, VersionHome, owner_of
 
 T = TypeVar("T")
 
@@ -100,10 +104,11 @@ class StorageService:
         open_engine: OpenEngine | None = None,
         free_bytes: Callable[[Path], int] = free_bytes,
         remove_engine: Callable[[Path], None] = remove_engine,
+        versions: VersionHome | None = None,
     ) -> None:
         """`clock`: monotonic seconds. `wall_us`: microseconds since 1970. `open_engine`: opens the engine of a folder;
         None for RocksDB as `config` says. `free_bytes`: room on the disk of a folder; may raise OSError, as
-        `remove_engine` may.
+        `remove_engine` may. `versions`: where the version cache lies; None for memory of this process.
         """
         self.name = name
         self.group = group
@@ -111,6 +116,7 @@ class StorageService:
         self.counters = counters
         self._identity = identity
         self._home = EngineHome(folder, identity, open_engine or rocks_opener(config), remove_engine)
+        self._versions = versions or PrivateVersions(config.version_cache_mb << 20)
         self._carrier = carrier
         self._config = config
         self._routing = Routing(topology)
@@ -141,6 +147,7 @@ class StorageService:
         limits = {"max_requests": config.max_queued_requests, "max_bytes": config.max_queued_mb << 20}
         self._write_gate = Gate(name, counters, **limits)
         self._read_gate = Gate(name, counters, **limits)  # of its own: reads go on when writes wait for a slow disk
+        self._slicing = asyncio.Lock()  # one long answer at a time
         self._token = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
         self._flushing = False
@@ -195,8 +202,12 @@ class StorageService:
             case Settle():
                 self._disk.require_for_settling()
                 return await self._wait(message, lambda r, token: r.settle(self._now(), token, message))
-            case Check() | AskVersions() | AskChosen() | AskTables() | AskAccepted() | AskDigests() | Mend() | Scan():
+            case AskSame():
+                return self._same(message)
+            case Check() | AskVersions() | AskChosen() | AskChanged() | AskTables() | AskAccepted() | Mend():
                 return await self._wait(message, lambda r, token: r.ask(self._now(), token, message))
+            case Scan() | AskDigests():
+                return await self._answer_in_slices(message)
             case ReadPages() | ReadItems():
                 self._require_replica()
                 return await self._reader.handle(message)
@@ -204,6 +215,12 @@ class StorageService:
                 return Pong()
             case _:
                 raise Unavailable(f"{self.name} does not answer a {type(message).__name__}")
+
+    def _same(self, message: AskSame) -> Message:
+        """Nothing that it says waits for the disk, so it leaves before the step ends."""
+        replica = self._require_replica()
+        replica.require_voting()
+        return replica.reads.same(message)[0]
 
     def update(self, topology: Topology) -> None:
         self._routing = Routing(topology)
@@ -233,6 +250,7 @@ class StorageService:
                 "timelines_in_memory": replica.core.in_memory(),
                 "queued_requests": replica.proposer.queued,
                 "chores": replica.chores.pending,
+                "versions": replica.core.versions.status(self._versions.where),
                 "lives": {str(peer): list(life) for peer, life in replica.core.lives.items()},
             }
         return figures
@@ -257,21 +275,24 @@ class StorageService:
                 logger.warning("%s can't close its engine in order: %s", self.name, str(error))
                 self._engine.abandon()
             self._engine = None
+        self._versions.remove()
         self._flusher.shutdown()
 
     # ------------------------------------------------------------ engine and replica
 
     def _open(self) -> None:
         """Open the engine and begin a life."""
-        identity = self._identity
+        identity, topology = self._identity, self._routing.topology
+        owned = self._routing.buckets_of_storage_group(self.group).tolist()
         engine = self._home.open()
         try:
+            owner = owner_of(identity, topology.buckets, owned, digest_seed(topology.secret))
             replica = Replica(
                 replica=self.number,
-                replicas=self._routing.topology.storage_replicas,
+                replicas=topology.storage_replicas,
                 life=(self.number, identity.incarnation, identity.life_number),
-                buckets=self._routing.topology.buckets,
-                owned=self._routing.buckets_of_storage_group(self.group).tolist(),
+                buckets=topology.buckets,
+                owned=owned,
                 engine=engine,
                 settings=self._settings,
                 rng=self._random,
@@ -279,6 +300,7 @@ class StorageService:
                 counters=self.counters,
                 past=identity.past,
                 learner=identity.learning,
+                versions=self._versions.open(owner),
             )
         except Exception:
             engine.abandon()  # else its lock would keep every later life out
@@ -440,6 +462,34 @@ class StorageService:
             self._waiting.pop(token, None)
             self._writes.discard(token)
 
+    async def _answer_in_slices(self, message: Scan | AskDigests) -> Message:
+        """Answer a question about many rows, one such question at a time. All else has its turn after each slice, and
+        half of the time."""
+        replica = self._require_replica()
+        found: list[tuple[Message, int]] = []
+        with self._read_gate.entered(*_weight(message)):
+            async with self._slicing:
+                slices = replica.slices(message)
+
+                def step(_: Replica) -> None:
+                    try:
+                        next(slices)
+                    except StopIteration as stop:
+                        found.append(stop.value)
+
+                while not found:
+                    self._require_life(replica)
+                    began = self._now()
+                    self._guard(step, question=True)
+                    if not found:
+                        await asyncio.sleep(self._now() - began)
+        self._require_life(replica)
+        return await self._wait(message, lambda r, token: r.answer(token, *found[0]))
+
+    def _require_life(self, replica: Replica) -> None:
+        if self._replica is not replica:
+            raise Unavailable(f"{self.name}: this life has ended")
+
     def _guard(self, step: Callable[[Replica], None], *, question: bool = False) -> None:
         """Let the replica take something. Errors of the request go to its sender; all others end this life: whatever
         broke off in the middle may have left memory ahead of the engine. A question changes nothing, so any error
@@ -464,8 +514,7 @@ class StorageService:
 
         def step(work: Callable[[Replica], T]) -> T:
             results: list[T] = []
-            if self._replica is not replica:
-                raise Unavailable(f"{self.name}: this life has ended")
+            self._require_life(replica)
             self._guard(lambda r: results.append(work(r)))
             return results[0]
 
@@ -620,6 +669,7 @@ def settings_of(config: StorageConfig) -> Settings:
         request_ids_in_memory=IDS_PER_TIMELINE * config.timelines_in_memory,
         log_keep_entries=config.log_keep_entries,
         log_keep_bytes=config.log_keep_mb << 20,
+        journal_bytes=config.journal_mb << 20,
         max_queued_requests=config.max_queued_requests,
         max_queued_bytes=config.max_queued_mb << 20,
         incoming_bytes=config.max_queued_mb << 20,

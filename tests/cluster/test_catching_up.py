@@ -9,7 +9,7 @@ from replica_group import Group, key_of
 from timetier.cluster.effects import Call, CallFailed, Script, Sleep
 from timetier.cluster.errors import ProtocolError, Unavailable
 from timetier.cluster.keys import priority
-from timetier.cluster.messages import OK, AskChosen, ChosenList, Failure, Message, pack_i64
+from timetier.cluster.messages import OK, AskChosen, ChangedList, Failure, Message, pack_i64
 from timetier.cluster.paxos.replica import Replica
 from timetier.cluster.storage.catching_up import ENTRIES_AN_ANSWER, ENTRIES_UNDER_WAY, catch_up
 
@@ -116,7 +116,7 @@ def test_what_does_not_come_holds_nothing_up_for_ever() -> None:
         (CallFailed("storage-0-0", "no connection", False), Unavailable, "no connection"),
         (Failure("Unavailable", "it is learning"), Unavailable, "it is learning"),
         (AskChosen(0, b""), Unavailable, "AskChosen"),
-        (ChosenList([TIMELINES[0]], pack_i64([1, 2]), -1, b""), ProtocolError, "2 versions of 1"),
+        (ChangedList([TIMELINES[0]], pack_i64([1, 2]), (1, 1, 1), False, True), ProtocolError, "2 versions of 1"),
     ],
 )
 def test_an_answer_that_is_none_ends_it_with_the_reason(

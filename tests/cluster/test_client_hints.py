@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from client_model import make_topology
-from timetier.cluster.client.scripts import ItemQuery, WriteRequest, read_items, write
+from timetier.cluster.client.scripts import ItemQueries, WriteRequest, read_items, write
 from timetier.cluster.client.view import View
 from timetier.cluster.effects import Call, Script, Sleep
 from timetier.cluster.errors import Unavailable
@@ -46,10 +46,10 @@ class Asked:
                     self.calls.append((self.now, call.node))
                 effect = script.send(replies)
         except StopIteration as stop:
-            return stop.value[0]
+            return stop.value
 
     def write(self, answer: Callable[[int, Call], Message], timeout_s: float = 10.0) -> Any:
-        return self.run(write(self.view, [PUT_ALICE], timeout_s), answer)
+        return self.run(write(self.view, [PUT_ALICE], timeout_s), answer)[0]
 
 
 def test_an_overloaded_node_is_not_asked_again_and_its_load_not_passed_on_before_the_hint() -> None:
@@ -100,8 +100,8 @@ def test_the_error_at_the_deadline_names_reason_and_hint_and_keeps_them_when_it_
 def test_a_hint_survives_the_frame_and_reads_honour_it_too() -> None:
     assert decode(encode(BUSY)) == BUSY
     asked = Asked()
-    query = ItemQuery(ALICE, item_key(1))
-    error = asked.run(read_items(asked.view, [query], 3.0), lambda _number, _call: BUSY)
+    queries = ItemQueries([ALICE], [item_key(1)])
+    (error,) = asked.run(read_items(asked.view, queries, 3.0), lambda _number, _call: BUSY).rows()
     assert type(error) is Unavailable
     assert error.retry_after_s == RETRY_AFTER_S
     assert len(asked.calls) <= 3.0 / RETRY_AFTER_S + 1

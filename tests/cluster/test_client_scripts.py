@@ -10,7 +10,7 @@ import pytest
 from client_model import make_topology
 from timetier.cluster.client.batch import MAX_MESSAGE_BYTES
 from timetier.cluster.client.scripts import (
-    ItemQuery,
+    ItemQueries,
     PageQuery,
     WriteRequest,
     ask_status,
@@ -407,7 +407,8 @@ def found(call: Call, outcome: int = OK) -> FoundItems:
 
 
 def read_one(hand: Hand, answer: Answer, timeout_s: float = 10.0) -> Any:
-    return hand.run(read_items(hand.view, [ItemQuery(ALICE, item_key(1))], timeout_s), answer)[0]
+    queries = ItemQueries([ALICE], [item_key(1)])
+    return hand.run(read_items(hand.view, queries, timeout_s), answer).rows()[0]
 
 
 def test_reads_go_to_the_cache_nodes_first_and_to_the_storage_nodes_when_none_of_them_answers() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_disk import ENGINE_NEEDS_BYTES, SmallDisk, engines_on, small_disk
 from storage_cluster import BUCKETS, StorageCluster, topology, wait_for
-from timetier.cluster.client.scripts import ItemQuery, ItemResult, WriteRequest, read_items, write
+from timetier.cluster.client.scripts import ItemQueries, ItemQuery, ItemResult, WriteRequest, read_items, write
 from timetier.cluster.client.view import ClientSettings, View
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.drive import drive
@@ -94,7 +94,8 @@ class Writer:
         queries = [ItemQuery(timeline, item_key(1)) for timeline in expected]
         results: list[Any] = []
         for start in range(0, len(queries), 50):
-            results += await drive(read_items(self.view, queries[start : start + 50], 10), self.cluster.client)
+            part = ItemQueries.of(queries[start : start + 50])
+            results += (await drive(read_items(self.view, part, 10), self.cluster.client)).rows()
         for (timeline, value), result in zip(expected.items(), results, strict=True):
             assert isinstance(result, ItemResult), (timeline, result)
             assert result.found or timeline in self.unknown, f"{timeline!r} was acknowledged"

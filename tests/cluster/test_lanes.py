@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from client_model import until
+from client_model import FixedSource, make_topology, until
+from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.client.lanes import Lane, LaneLimits, Lanes
+from timetier.cluster.client.store import AsyncStore
+from timetier.cluster.client.view import ClientSettings, settings_of
+from timetier.cluster.config import CacheConfig, ClientConfig
 from timetier.cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from timetier.cluster.memory.lanes import ReadLimits, limits_of
 
 
 class Flights:
@@ -66,6 +72,53 @@ def test_a_batch_is_filled_up_to_its_bound() -> None:
         await asyncio.gather(*calls)
         assert flights.batches == [[0], [1, 1, 2, 2], [3], [4] * 9]
         await lane.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_is_filled_up_to_its_bytes() -> None:
+    async def scenario() -> None:
+        flights = Flights()
+        lane = Lane(flights.run, LaneLimits(batch_bytes=100, patience_s=60.0))
+        calls = [call(lane.submit([n], size)) for n, size in enumerate([10, 60, 40, 1, 500, 5])]
+        for number in range(5):
+            await until(lambda number=number: len(flights.batches) == number + 1)  # type: ignore[misc]
+            flights.land(number)
+        await asyncio.gather(*calls)
+        assert flights.batches == [[0], [1, 2], [3], [4], [5]], "one call may have more, but then goes alone"
+        await lane.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_limits_of_lanes_come_from_the_configuration() -> None:
+    assert settings_of(ClientConfig()) == replace(ClientSettings(), timeout_s=5.0, attempt_timeout_s=0.5)
+    assert limits_of(CacheConfig()) == ReadLimits(), "the defaults of the configuration are those of the code"
+
+    client = settings_of(
+        ClientConfig(
+            batch_requests=7, batch_mb=3, max_batches=2, patience_ms=9, max_queued_requests=123, max_queued_mb=5
+        )
+    )
+    assert (client.batch_items, client.batch_bytes, client.max_batches) == (7, 3 << 20, 2)
+    assert (client.patience_s, client.queued_items, client.queued_bytes) == (0.009, 123, 5 << 20)
+
+    cache = limits_of(CacheConfig(batch_reads=9, fetch_reads=8, max_fetched_mb=128, stall_ms=4))
+    assert cache == ReadLimits(batch_reads=9, fetch_reads=8, fetched_bytes=128 << 20, stall_s=0.004)
+    assert (cache.max_fetches, cache.max_heavy_jobs) == (2, 4), "a half of the bytes each"
+    least = limits_of(CacheConfig(max_fetched_mb=64))
+    assert (least.max_fetches, least.max_heavy_jobs) == (1, 2)
+
+
+def test_a_store_merges_by_its_settings() -> None:
+    async def scenario() -> None:
+        settings = replace(
+            ClientSettings(), batch_items=7, batch_bytes=3 << 20, max_batches=2, patience_s=0.009, timeout_s=4.0
+        )
+        store = AsyncStore(MemoryNetwork().carrier("client"), make_topology(), FixedSource(), settings=settings)
+        expected = LaneLimits(batch_items=7, batch_bytes=3 << 20, max_batches=2, patience_s=0.009, max_wait_s=4.0)
+        assert store._writes._limits == store._items._limits == store._pages._limits == expected
+        await store.close()
 
     asyncio.run(scenario())
 

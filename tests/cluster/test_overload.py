@@ -23,7 +23,7 @@ from typing import Any
 import node_process
 from timetier.cluster.carriers.base import CallError
 from timetier.cluster.carriers.direct import DirectCarrier, host_id
-from timetier.cluster.client.scripts import ItemQuery, ItemResult, WriteRequest, read_items, write
+from timetier.cluster.client.scripts import ItemQueries, ItemQuery, ItemResult, WriteRequest, read_items, write
 from timetier.cluster.client.view import View
 from timetier.cluster.config import CacheConfig, Config, StorageConfig, TableConfig
 from timetier.cluster.drive import drive
@@ -187,7 +187,7 @@ class Client:
         found: list[Any] = []
         for start in range(0, len(timelines), 100):
             queries = [ItemQuery(timeline, item_key(1)) for timeline in timelines[start : start + 100]]
-            found += await drive(read_items(self.view, queries, 10), self.carrier)
+            found += (await drive(read_items(self.view, ItemQueries.of(queries), 10), self.carrier)).rows()
         assert all(isinstance(result, ItemResult) for result in found), [f for f in found if not hasattr(f, "found")][
             :1
         ]

@@ -33,6 +33,7 @@ MAX_FAILURES = 50  # of one campaign
 
 COVERAGE = (
     "storage fast_accepts",
+    "storage flights",
     "storage prepares",
     "storage settles",
     "storage entries_fetched",

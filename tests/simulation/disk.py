@@ -178,6 +178,7 @@ class SimEngine:
         self._names = sorted(self._rows)
         self._open = True
         self.on_commit: Callable[[Batch], None] | None = None  # for checks
+        self.before_commit: Callable[[], None] = lambda: None
         self._under_way = 0  # batches that the flush under way will make durable
         disk.point(life, "opened engine")
 
@@ -188,6 +189,7 @@ class SimEngine:
         self._pending.append((key, None))
 
     def commit(self) -> int:
+        self.before_commit()
         if self._pending:
             self._use("write")
             if self.on_commit is not None:

@@ -202,6 +202,10 @@ class SimCarrier:
         finally:
             timer.cancel()
 
+    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+        """Begin a `call`."""
+        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+
     def send(self, node: str, message: Message) -> bool:
         """Send one way."""
         frame = encode(message)

@@ -49,6 +49,7 @@ class Shape:
     doubled: float
     straggling: float
     groups: int = 1
+    flight_entries: int = 2  # from so many on, entries of one step travel together
 
     def storage_nodes(self) -> tuple[str, ...]:
         """Names of all storage nodes."""
@@ -152,6 +153,7 @@ def _shape(random: Random, operations: int) -> Shape:
         doubled=random.choice([0.0, 0.0, 0.01]),
         straggling=random.choice([0.0, 0.0, 0.02]),
         groups=random.choice([1, 1, 1, 1, 1, 2]),
+        flight_entries=random.choice([1, 1, 2]),
     )
 
 

@@ -153,7 +153,7 @@ BUGS = [
             "return timeline.origin[0] == self.core.replica",
         ),
         (
-            "paxos.acceptor:Acceptor._claim_holds",
+            "paxos.acceptor:Acceptor.claim_holds",
             "return timeline.origin == life",
             "return timeline.origin[0] == life[0]",
         ),
@@ -163,7 +163,7 @@ BUGS = [
     _bug(
         "claim to round 0 not checked",
         "acceptors check a claim to round 0 against entry e-1",
-        ("paxos.acceptor:Acceptor._claim_holds", "return timeline.origin == life", "return True"),
+        ("paxos.acceptor:Acceptor.claim_holds", "return timeline.origin == life", "return True"),
         ("paxos.proposer:Proposer._has_right", "return timeline.origin == self.core.life", "return True"),
         plans="duels",
         scripts=("lost_right",),

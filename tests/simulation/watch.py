@@ -5,7 +5,7 @@ They change nothing: no row is read through the engine's own calls, which would 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from timetier.cluster.cold.block import DecodedBlock, checksum, decode_block
@@ -13,8 +13,20 @@ from timetier.cluster.cold.link import Block, Link, decode_link
 from timetier.cluster.errors import TimeTierError
 from timetier.cluster.keys import bucket_of, is_system, split_timeline, system_timeline
 from timetier.cluster.memory.pages import Page
-from timetier.cluster.messages import PUT, WIPE, Accepted, Life, PeerBatch, Promise
+from timetier.cluster.messages import (
+    PUT,
+    WIPE,
+    Accepted,
+    AcceptedAll,
+    Accepts,
+    Life,
+    PeerBatch,
+    PeerMessage,
+    Promise,
+    unpack_u32,
+)
 from timetier.cluster.paxos.core import Timeline
+from timetier.cluster.paxos.flights import singles
 from timetier.cluster.paxos.replica import _decode_life
 from timetier.cluster.paxos.rows import (
     Meta,
@@ -54,6 +66,7 @@ class Watch:
         self._report = report
         self._early_pages: list[tuple[str, bytes, Page]] = []
         self._evicted: dict[str, set[bytes]] = {}
+        self._flights: dict[tuple[Life, int], Accepts] = {}
         self._decoded: dict[tuple[str, int, int], DecodedBlock] = {}
 
     # ------------------------------------------------------------ chosen entries
@@ -88,7 +101,7 @@ class Watch:
     def peer_batch(self, disk: SimDisk, peer: str, batch: PeerBatch) -> None:
         """A replica tells a peer: whatever it promises or accepts with that must be on its disk."""
         rows = disk.engine.synced
-        for message in batch.messages:
+        for message in self._one_by_one(batch.messages):
             if isinstance(message, Accepted | Promise):
                 self.checked_answers += 1
                 chosen = self.truth.of(message.timeline).entries.get(message.entry)
@@ -98,6 +111,19 @@ class Watch:
                         f"{disk.name} sends {peer} {type(message).__name__} of entry {message.entry} of "
                         f"{show_timeline(message.timeline)} at {message.ballot}, which is not on its disk",
                     )
+
+    def _one_by_one(self, messages: list[PeerMessage]) -> Iterator[PeerMessage]:
+        """Messages, with the vote for each entry of a flight by itself."""
+        for message in messages:
+            if isinstance(message, Accepts):
+                self._flights[message.life, message.number] = message
+            elif isinstance(message, AcceptedAll):
+                others = unpack_u32(message.others)
+                for index, accept in enumerate(singles(self._flights[message.life, message.number])):
+                    if index not in others:
+                        yield Accepted(accept.timeline, accept.entry, accept.ballot)
+            else:
+                yield message
 
     def acknowledged(self, timeline: bytes, version: int, key: bytes, kind: int, value: bytes, who: str) -> None:
         """A client was told that its write is in the entry `version`."""

@@ -179,7 +179,11 @@ class World:
         )
         shape = self.plan.shape
         service._settings = replace(
-            service._settings, transfer_bytes=shape.transfer_bytes, chore_rows=shape.chore_rows, mark_delay_s=0.1
+            service._settings,
+            transfer_bytes=shape.transfer_bytes,
+            chore_rows=shape.chore_rows,
+            mark_delay_s=0.1,
+            flight_entries=shape.flight_entries,
         )
         await service.start()
         await asyncio.sleep(node.random.uniform(0.0, 0.01))  # the Router takes its time

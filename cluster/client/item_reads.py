@@ -1,0 +1,154 @@
+"""Reads of single items in columns: as they are asked, as they travel, as they are answered. *Pure*.
+
+A call for many items is one column of timelines and one of keys, and stays so: merging, sending and answering make no
+object for an item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
+
+from ..errors import TimeTierError
+from ..messages import FoundItems, unpack_i64
+
+
+class ItemQuery(NamedTuple):
+    """One item by its key."""
+
+    timeline: bytes
+    key: bytes
+
+
+class ItemResult(NamedTuple):
+    """One item; `found` is 0 when there is none. `timeline_version`: the version at which that is true."""
+
+    timeline_version: int
+    found: int
+    value: bytes
+    version: int
+    written_us: int
+
+
+class ItemQueries(Sequence[ItemQuery]):
+    """Items that are asked for: `timelines[i]` and item `keys[i]`."""
+
+    __slots__ = ("keys", "timelines")
+
+    def __init__(self, timelines: list[bytes], keys: list[bytes]) -> None:
+        self.timelines = timelines
+        self.keys = keys
+
+    @classmethod
+    def of(cls, queries: Iterable[ItemQuery]) -> ItemQueries:
+        """Queries one by one as columns."""
+        rows = list(queries)
+        return cls([row.timeline for row in rows], [row.key for row in rows])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> ItemQuery: ...
+    @overload
+    def __getitem__(self, index: slice) -> ItemQueries: ...
+    def __getitem__(self, index: int | slice) -> ItemQuery | ItemQueries:
+        if isinstance(index, slice):
+            return ItemQueries(self.timelines[index], self.keys[index])
+        return ItemQuery(self.timelines[index], self.keys[index])
+
+
+class ItemResults:
+    """Columns of answers. `found[i]` is 0 where there is no item; `errors` by index, where a read has failed."""
+
+    __slots__ = ("errors", "found", "timeline_versions", "values", "versions", "written")
+
+    def __init__(
+        self,
+        timeline_versions: list[int],
+        found: bytes | bytearray,
+        values: list[bytes],
+        versions: list[int],
+        written: list[int],
+        errors: dict[int, TimeTierError] | None = None,
+    ) -> None:
+        self.timeline_versions = timeline_versions
+        self.found = found
+        self.values = values
+        self.versions = versions
+        self.written = written
+        self.errors = errors or {}
+
+    @classmethod
+    def of(cls, answer: FoundItems) -> ItemResults:
+        """The columns of a node's answer."""
+        return cls(
+            unpack_i64(answer.timeline_versions),
+            answer.found,
+            answer.values,
+            unpack_i64(answer.versions),
+            unpack_i64(answer.written),
+        )
+
+    @classmethod
+    def gathered(cls, count: int, parts: Iterable[tuple[Sequence[int], ItemResults]]) -> ItemResults:
+        """`count` results from parts of them, each with the indices at which its results belong."""
+        found = bytearray(count)
+        results = cls([0] * count, found, [b""] * count, [0] * count, [0] * count)
+        for indices, part in parts:
+            for at, index in enumerate(indices):
+                results.timeline_versions[index] = part.timeline_versions[at]
+                found[index] = part.found[at]
+                results.values[index] = part.values[at]
+                results.versions[index] = part.versions[at]
+                results.written[index] = part.written[at]
+            results.errors |= {indices[at]: error for at, error in part.errors.items()}
+        return results
+
+    @classmethod
+    def failed(cls, count: int, error: TimeTierError) -> ItemResults:
+        """The same error for all."""
+        nothing = [0] * count
+        return cls(nothing, bytes(count), [b""] * count, nothing, nothing, dict.fromkeys(range(count), error))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, part: slice) -> ItemResults:
+        low, high, _ = part.indices(len(self))
+        errors = {index - low: error for index, error in self.errors.items() if low <= index < high}
+        return ItemResults(
+            self.timeline_versions[part],
+            self.found[part],
+            self.values[part],
+            self.versions[part],
+            self.written[part],
+            errors,
+        )
+
+    def rows(self) -> list[ItemResult | TimeTierError]:
+        """Results one by one."""
+        columns = (self.timeline_versions, self.found, self.values, self.versions, self.written)
+        rows: list[ItemResult | TimeTierError] = list(map(ItemResult, *columns))
+        for index, error in self.errors.items():
+            rows[index] = error
+        return rows
+
+
+class ItemColumns:
+    """How a lane puts calls for items together, and takes their results apart (see `lanes.Shape`)."""
+
+    def merged(self, calls: Sequence[ItemQueries]) -> ItemQueries:
+        return ItemQueries(
+            [timeline for call in calls for timeline in call.timelines], [key for call in calls for key in call.keys]
+        )
+
+    def taken(self, requests: ItemQueries, indices: Sequence[int]) -> ItemQueries:
+        timelines, keys = requests.timelines, requests.keys
+        return ItemQueries([timelines[index] for index in indices], [keys[index] for index in indices])
+
+    def gathered(self, count: int, parts: Iterable[tuple[Sequence[int], ItemResults]]) -> ItemResults:
+        return ItemResults.gathered(count, parts)
+
+    def failed(self, count: int, error: TimeTierError) -> ItemResults:
+        return ItemResults.failed(count, error)
