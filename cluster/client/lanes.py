@@ -123,6 +123,7 @@ class Lane(Generic[Q, R]):
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
+        self._gathering = False
 
     async def submit(self, requests: Q, size_bytes: int = 0) -> R:
         """Results of the requests. Raises Unavailable, with nothing sent, when the queue is full.
@@ -131,12 +132,13 @@ class Lane(Generic[Q, R]):
         """
         if self._closed:
             raise InvalidRequest("the store is closed: connect again")
-        if not self._queue and self._may_start(len(requests)):
+        if not self._queue and not self._gathering and self._may_start(len(requests)):
             self._took_off()
             try:
                 return await self._run_batch(requests)
             finally:
                 self._landed()
+                self._start_waiting()
         limits = self.limits
         items = self.queued_items + len(requests)
         if items > limits.queued_items or self.queued_bytes + size_bytes > limits.queued_bytes:
@@ -181,6 +183,18 @@ class Lane(Generic[Q, R]):
         self.flying -= 1
         if not self.flying:
             self._idle.set()
+
+    def _gather(self) -> None:
+        """A batch of several calls has landed. Their callers come with the next ones in this very turn of the loop:
+        were the first of them to leave alone, the others would wait a round trip for it."""
+        if self._queue:
+            self._start_waiting()
+        elif not self._gathering:
+            self._gathering = True
+            asyncio.get_running_loop().call_soon(self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = False
         self._start_waiting()
 
     def _start_waiting(self) -> None:
@@ -256,6 +270,7 @@ class Lane(Generic[Q, R]):
                 low = high
         finally:
             self._landed()
+            self._gather()
 
 
 class Lanes(Generic[Q, R]):
