@@ -138,6 +138,16 @@ def item_key(timestamp: int, item_id: bytes = b"") -> bytes:
     return _U64.pack(timestamp + _SIGN) + item_id + _END
 
 
+def item_keys(timestamps: npt.NDArray[np.int64]) -> list[bytes]:
+    """Item keys of many timestamps, with empty ids."""
+    width = MIN_ITEM_KEY_BYTES
+    keys = np.empty((len(timestamps), width), dtype=np.uint8)
+    keys[:, :8] = (timestamps ^ MIN_TIMESTAMP).astype(">i8").view(np.uint8).reshape(-1, 8)
+    keys[:, 8:] = np.frombuffer(_END, dtype=np.uint8)
+    data = keys.tobytes()
+    return [data[at : at + width] for at in range(0, len(data), width)]
+
+
 def split_item_key(key: bytes) -> tuple[int, bytes]:
     """(timestamp, id) of an item key."""
     item_id = key[8:-2]
@@ -155,7 +165,12 @@ def timestamp_floor(timestamp: int) -> bytes:
 
 def item_keys_timestamps(keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
     """Timestamps of many item keys: int64[n]."""
-    raw = np.frombuffer(b"".join([key[:8] for key in keys]), dtype=">u8").astype(np.uint64)
+    joined = b"".join(keys)
+    if len(joined) == MIN_ITEM_KEY_BYTES * len(keys):  # none has an id, as most have none
+        starts = np.frombuffer(joined, dtype=np.uint8).reshape(-1, MIN_ITEM_KEY_BYTES)[:, :8]
+        raw = np.ascontiguousarray(starts).view(">u8").reshape(-1).astype(np.uint64)
+    else:
+        raw = np.frombuffer(b"".join([key[:8] for key in keys]), dtype=">u8").astype(np.uint64)
     return (raw ^ np.uint64(_SIGN)).view(np.int64)
 
 

@@ -140,6 +140,17 @@ class Routing:
         slot = xxhash.xxh3_64_intdigest(timeline, seed=_CACHE_SEED) % _CACHE_SLOTS
         return [names[number] for number in _rendezvous(slot, len(names))]
 
+    def first_cache_nodes(self, timelines: Sequence[bytes]) -> list[str]:
+        """Name of the cache node that each timeline is first read from. Raises InvalidRequest; there must be one."""
+        groups = self.storage_groups(timelines)
+        if self.topology.cache_nodes == 1:
+            return [self._cache_names[group][0] for group in groups]
+        nodes = self.topology.cache_nodes
+        return [
+            self._cache_names[group][_rendezvous(xxhash.xxh3_64_intdigest(key, _CACHE_SEED) % _CACHE_SLOTS, nodes)[0]]
+            for group, key in zip(groups, timelines, strict=True)
+        ]
+
     def cold_order(self, bucket: int, window_start: int) -> list[str]:
         """Names of the cold nodes that hold a block of this bucket and window, in the order of priority.
 

@@ -23,7 +23,7 @@ MAX_MESSAGE_ITEMS = MAX_BATCH_ITEMS
 MAX_HINT_S = 60.0  # no node is left alone for longer because it said so
 _HASTY_ROUNDS = 3  # as many as a group has replicas; each further so many double the time of an attempt
 _MAX_DOUBLINGS = 6
-_ANSWER_SHARE = 0.9  # of an attempt's time is the node's: it should still be able to say what became of the request
+ANSWER_SHARE = 0.9  # of an attempt's time is the node's: it should still be able to say what became of the request
 
 
 class Request(Protocol):
@@ -58,15 +58,19 @@ class Batch(ABC, Generic[Q, R]):
         self._pauses = 0
         self._silent_rounds = 0  # in which a node did not answer in time
 
-    def run(self) -> Script[list[R | TimeTierError]]:
+    def run(self, first: tuple[str, Message | CallFailed] | None = None) -> Script[list[R | TimeTierError]]:
+        """`first`: a node that all requests were given to already, and its answer."""
         view = self.view
         while self.pending:
             left_s = self.deadline - view.now()
             if left_s <= 0 or view.closing:
                 self._give_up()
                 break
-            plan = [(node, part) for node, indices in self.plan().items() for part in self.split(indices)]
-            answers = yield [self._call(node, indices, left_s) for node, indices in plan]
+            if first is None:
+                plan = [(node, part) for node, indices in self.plan().items() for part in self.split(indices)]
+                answers = yield [self._call(node, indices, left_s) for node, indices in plan]
+            else:
+                plan, answers, first = [(first[0], self.pending)], [first[1]], None
             self.must_wait, self._busy_s = False, 0.0
             self._silent_rounds += any(isinstance(answer, CallFailed) and answer.sent for answer in answers)
             for (node, indices), answer in zip(plan, answers, strict=True):
@@ -156,7 +160,7 @@ class Batch(ABC, Generic[Q, R]):
         # When all of them have been silent, the store may be slow: more haste would be more load, and never an answer.
         patience = 1 << min(self._silent_rounds // _HASTY_ROUNDS, _MAX_DOUBLINGS)
         attempt_s = min(self.view.attempt_timeout_s(node, hasty=hasty) * patience, left_s)
-        node_ms = max(1, int(attempt_s * 1_000 * _ANSWER_SHARE))
+        node_ms = max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
         return Call(node, self.message(indices, node_ms), attempt_s)
 
     def _take(self, node: str, indices: list[int], answer: Any) -> None:

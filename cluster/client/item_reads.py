@@ -115,16 +115,17 @@ class ItemResults:
         return len(self.values)
 
     def __getitem__(self, part: slice) -> ItemResults:
-        low, high, _ = part.indices(len(self))
-        errors = {index - low: error for index, error in self.errors.items() if low <= index < high}
-        return ItemResults(
+        results = ItemResults(
             self.timeline_versions[part],
             self.found[part],
             self.values[part],
             self.versions[part],
             self.written[part],
-            errors,
         )
+        if self.errors:
+            low, high, _ = part.indices(len(self))
+            results.errors = {index - low: error for index, error in self.errors.items() if low <= index < high}
+        return results
 
     def rows(self) -> list[ItemResult | TimeTierError]:
         """Results one by one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from ..keys import (
     decode_token,
     encode_token,
     item_key,
+    item_keys,
     item_keys_timestamps,
     owner_bytes,
     split_item_key,
@@ -183,7 +184,7 @@ def put_request(
     """Request that writes one item. Raises InvalidRequest or TooLarge."""
     owner, timestamp, value, item_id = item
     return WriteRequest(
-        timeline_key(table, owner_bytes(owner), buckets),
+        timeline_of(table, owner, buckets),
         bytes((PUT,)),
         [checked_key(timestamp, item_id)],
         [check_value(value)],
@@ -204,7 +205,7 @@ def delete_request(
 
 def wipe_request(table: bytes, buckets: int, owner: str | bytes, if_version: int | None) -> WriteRequest:
     """Request that deletes a whole timeline. Raises InvalidRequest or TooLarge."""
-    timeline = timeline_key(table, owner_bytes(owner), buckets)
+    timeline = timeline_of(table, owner, buckets)
     return WriteRequest(timeline, bytes((WIPE,)), [b""], [b""], checked_if_version(if_version))
 
 
@@ -260,17 +261,21 @@ def item_address(table: bytes, buckets: int, address: tuple[str | bytes, int, by
     """Timeline key and item key of one item. Raises InvalidRequest or TooLarge."""
     owner, timestamp, item_id = address
     key = checked_key(timestamp, item_id)
-    return timeline_key(table, owner_bytes(owner), buckets), key
+    return timeline_of(table, owner, buckets), key
 
 
 def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ItemAddresses:
     """Queries for many items. Raises InvalidRequest or TooLarge."""
+    addresses = list(_each("keys", addresses))
+    quick = _plain_addresses(table, buckets, addresses)
+    if quick is not None:
+        return quick
     timelines: list[bytes] = []
     keys: list[bytes] = []
     timestamps: list[int] = []
     ids: list[bytes] = []
-    timeline_of: dict[str | bytes, bytes] = {}  # many items of one owner are common
-    for address in _each("keys", addresses):
+    known: dict[str | bytes, bytes] = {}  # many items of one owner are common
+    for address in addresses:
         if type(address) is tuple and len(address) == 2:
             owner, timestamp = address
             item_id: bytes | str = b""
@@ -278,9 +283,9 @@ def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike])
             owner, timestamp, item_id = _unpack(len(keys), address)
         try:
             key = checked_key(timestamp, item_id)
-            timeline = timeline_of.get(owner) if isinstance(owner, (str, bytes)) else None
+            timeline = known.get(owner) if isinstance(owner, (str, bytes)) else None
             if timeline is None:
-                timeline = timeline_of[owner] = timeline_key(table, owner_bytes(owner), buckets)
+                timeline = known[owner] = timeline_of(table, owner, buckets)
         except Rejected as error:
             raise _at(len(keys), error) from None
         timelines.append(timeline)
@@ -292,9 +297,40 @@ def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike])
     return ItemAddresses(ItemQueries(timelines, keys), timestamps, ids)
 
 
+def _plain_addresses(table: bytes, buckets: int, addresses: list[Any]) -> ItemAddresses | None:
+    """The same for plain tuples of owner and timestamp, column by column; None if there is anything else among them."""
+    count = len(addresses)
+    if not 0 < count <= MAX_BATCH_ITEMS or set(map(type, addresses)) != {tuple} or set(map(len, addresses)) != {2}:
+        return None
+    owners, timestamps = map(list, zip(*addresses, strict=True))
+    if not set(map(type, owners)) <= {str, bytes} or set(map(type, timestamps)) != {int}:
+        return None
+    if min(timestamps) < MIN_TIMESTAMP or max(timestamps) > MAX_TIMESTAMP:
+        return None
+    try:
+        timelines = [_kept_timeline(table, owner, buckets) for owner in owners]
+    except Rejected:
+        return None  # the other way says which one it was
+    keys = item_keys(np.array(timestamps, dtype=np.int64))
+    return ItemAddresses(ItemQueries(timelines, keys), timestamps, [b""] * count)
+
+
+def timeline_of(table: bytes, owner: str | bytes, buckets: int) -> bytes:
+    """Timeline key of an owner. Raises InvalidRequest or TooLarge."""
+    try:
+        return _kept_timeline(table, owner, buckets)
+    except TypeError:  # what can't be hashed is no owner
+        return timeline_key(table, owner_bytes(owner), buckets)
+
+
+@lru_cache(maxsize=1 << 15)  # about 10 MB when it is full; callers ask for the same owners again and again
+def _kept_timeline(table: bytes, owner: str | bytes, buckets: int) -> bytes:
+    return timeline_key(table, owner_bytes(owner), buckets)
+
+
 def page_query(table: bytes, buckets: int, owner: str | bytes, before: bytes, limit: int) -> PageQuery:
     """Query for one page; `before` and `limit` are checked already. Raises InvalidRequest or TooLarge."""
-    return PageQuery(timeline_key(table, owner_bytes(owner), buckets), before, limit)
+    return PageQuery(timeline_of(table, owner, buckets), before, limit)
 
 
 def page_queries(table: bytes, buckets: int, owners: Iterable[str | bytes], limit: int) -> list[PageQuery]:

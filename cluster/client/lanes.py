@@ -308,12 +308,16 @@ class Lanes(Generic[Q, R]):
         results: R = shape.gathered(len(requests), zip(parts.values(), answers, strict=True))
         return results
 
-    async def _submit_part(self, group: int, requests: Q) -> R:
+    def lane(self, group: int) -> Lane[Q, R]:
+        """The lane of one group, for who has requests of that group only."""
         lane = self._lanes.get(group)
         if lane is None:
             lane = self._lanes[group] = Lane(self._run_batch, self._limits, shape=self._shape)
+        return lane
+
+    async def _submit_part(self, group: int, requests: Q) -> R:
         try:
-            return await lane.submit(requests, self._size_bytes(requests))
+            return await self.lane(group).submit(requests, self._size_bytes(requests))
         except Unavailable as error:
             results: R = self._shape.failed(len(requests), error)
             return results

@@ -49,7 +49,7 @@ from ..messages import (
     unpack_i64,
     unpack_u32,
 )
-from .batch import MAX_MESSAGE_BYTES, MAX_MESSAGE_ITEMS, Batch, describe
+from .batch import ANSWER_SHARE, MAX_MESSAGE_BYTES, MAX_MESSAGE_ITEMS, Batch, describe
 from .item_reads import ItemQueries, ItemQuery, ItemResult, ItemResults
 from .view import ClientSettings, View
 
@@ -140,9 +140,29 @@ def read_pages(view: View, requests: Sequence[PageQuery], timeout_s: float) -> S
 
 def read_items(view: View, requests: ItemQueries, timeout_s: float) -> Script[ItemResults]:
     """Read single items: from the cache nodes, or the storage nodes when none of them answers."""
-    batch = _ItemBatch(view, requests, timeout_s)
-    yield from batch.run()
+    node, began = view.sole_cache, view.now()
+    first = None
+    if node is not None and view.all_well and len(requests) <= MAX_MESSAGE_ITEMS:
+        # The usual case, without what a batch has to remember for others.
+        attempt_s = min(view.settings.attempt_timeout_s, timeout_s)
+        node_ms = max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
+        question = ReadItems(view.routing.topology.epoch, requests.timelines, requests.keys, node_ms)
+        (answer,) = yield [Call(node, question, attempt_s)]
+        if _is_whole(answer, len(requests)) and answer.outcomes.count(OK) == len(requests):
+            return ItemResults.of(answer)
+        first = (node, answer)
+    batch = _ItemBatch(view, requests, timeout_s - (view.now() - began))
+    yield from batch.run(first)
     return batch.columns()
+
+
+def _is_whole(answer: Message | CallFailed, requests: int) -> bool:
+    """Whether an answer has a result for each of the items that were asked for."""
+    return (
+        isinstance(answer, FoundItems)
+        and len(answer.outcomes) == len(answer.found) == len(answer.values) == requests
+        and len(answer.timeline_versions) == len(answer.versions) == len(answer.written) == 8 * requests
+    )
 
 
 def ask_status(nodes: Sequence[str], timeout_s: float) -> Script[dict[str, Message | CallFailed]]:
@@ -286,11 +306,15 @@ class _ReadBatch(Batch[Q, R]):
         return super().pick(index)
 
     def plan(self) -> dict[str, list[int]]:
-        topology = self.view.routing.topology
-        if self._tried or topology.cache_nodes != 1 or topology.storage_groups != 1:
+        if self._tried or not self.view.all_well or not self.view.routing.topology.cache_nodes:
             return super().plan()
-        node = topology.cache_node(0, 0)  # the small cluster: all go to one node
-        return super().plan() if self.view.is_suspect(node) else {node: self.pending}
+        if self.view.sole_cache is not None:
+            return {self.view.sole_cache: self.pending}
+        by_node: dict[str, list[int]] = {}
+        timelines = [self.requests[index].timeline for index in self.pending]
+        for index, node in zip(self.pending, self.view.routing.first_cache_nodes(timelines), strict=True):
+            by_node.setdefault(node, []).append(index)
+        return by_node
 
     def _not_ok(self, node: str, index: int, outcome: int) -> None:
         what = describe(self.requests[index].timeline)
@@ -387,12 +411,8 @@ class _ItemBatch(_ReadBatch[ItemQuery, bool]):
         return ReadItems(epoch=self.view.routing.topology.epoch, timelines=timelines, keys=keys, timeout_ms=timeout_ms)
 
     def settle(self, node: str, indices: list[int], answer: Message) -> bool:
-        if not isinstance(answer, FoundItems):
-            return False
         requests = len(indices)
-        fits = len(answer.outcomes) == len(answer.found) == len(answer.values) == requests
-        columns = (answer.timeline_versions, answer.versions, answer.written)
-        if not fits or any(len(column) != 8 * requests for column in columns):
+        if not isinstance(answer, FoundItems) or not _is_whole(answer, requests):
             return False
         self._parts.append((indices, ItemResults.of(answer)))
         if answer.outcomes.count(OK) == requests == len(self.requests):

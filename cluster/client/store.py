@@ -149,6 +149,14 @@ class AsyncStore:
             raise results.errors[min(results.errors)]
         return results
 
+    async def read_item(self, timeline: bytes, key: bytes) -> ItemResults:
+        """One item. Raises its error."""
+        (group,) = self._groups([timeline])
+        results = await self._items.lane(group).submit(ItemQueries([timeline], [key]), _QUERY_BYTES)
+        if results.errors:
+            raise results.errors[0]
+        return results
+
     def _groups(self, timelines: list[bytes]) -> list[int]:
         self._check_open()
         routing = self.view.routing
@@ -221,8 +229,7 @@ class AsyncTable:
     async def get(self, owner: str | bytes, timestamp: int, *, id: bytes | str = b"") -> Item | None:
         """The item with this timestamp and id, None if there is none."""
         timeline, key = shapes.item_address(self._raw, self._buckets, (owner, timestamp, id))
-        results = await self.store.read_all_items(ItemQueries([timeline], [key]))
-        return shapes.to_item(key, results)
+        return shapes.to_item(key, await self.store.read_item(timeline, key))
 
     async def get_many(self, keys: Iterable[AddressLike]) -> list[Item | None]:
         """Items by `(owner, timestamp)` or `(owner, timestamp, id)`, in that order, at most 10,000 a call."""

@@ -81,6 +81,7 @@ class View:
         settings: ClientSettings | None = None,
     ) -> None:
         self.routing = Routing(topology)
+        self.sole_cache = _sole_cache(topology)  # the cache node that serves all timelines, if there is only one
         self.now = now
         self.random = random
         self.settings = settings or ClientSettings()
@@ -102,6 +103,7 @@ class View:
     def update(self, topology: Topology) -> None:
         """Go by another map from the next attempt on."""
         self.routing = Routing(topology)
+        self.sole_cache = _sole_cache(topology)
         self.stale_map = False
         names = set(topology.node_names())
         self.suspects.keep(names)
@@ -205,3 +207,7 @@ class View:
         """Pause before attempt `repeats` + 1: doubling, jittered between a half and the whole of it."""
         longest_s = min(self.settings.back_off_s * 2.0 ** min(repeats, 32), self.settings.back_off_max_s)
         return longest_s * (0.5 + 0.5 * self.random.random())
+
+
+def _sole_cache(topology: Topology) -> str | None:
+    return topology.cache_node(0, 0) if topology.cache_nodes == topology.storage_groups == 1 else None

@@ -10,6 +10,8 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from ..errors import Corrupt
 from ..keys import MAX_BATCH_ITEMS, MAX_ID_BYTES, MIN_ITEM_KEY_BYTES, MIN_TIMESTAMP
 from ..messages import CORRUPT, OK, UNAVAILABLE, FoundItems, Pages, pack_i64, pack_u32
@@ -21,7 +23,7 @@ MAX_ANSWER_BYTES = 40 << 20  # keys and values of one answer; what does not fit 
 MAX_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 _MIN_BOUND_BYTES = 8
 NO_PAGE = Page(-1, b"", b"", MIN_TIMESTAMP, [], [], array("q"), array("q"))
-_NOTHING = PageSlice([], [], [], [], False)
+_NOTHING = PageSlice([], [], array("q"), array("q"), False, 0)
 
 
 class Glance:
@@ -61,24 +63,22 @@ class ItemGlance(Glance):
         pages: list[Page] = []
         rest: list[int] = []
         self.places: list[int] = []
-        add_page, add_place, find_page = pages.append, self.places.append, cache.get
-        for timeline, key in zip(timelines, keys, strict=True):
-            page = find_page(timeline)
-            if page is None:
-                rest.append(len(pages))
-                add_page(NO_PAGE)
-                add_place(-1)
-                continue
-            known = page.keys
-            place = bisect_left(known, key)
-            if place < len(known) and known[place] == key:
-                add_place(place)
-            else:
-                add_place(-1)
-                if not page.contains(key) or not MIN_ITEM_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
-                    rest.append(len(pages))
-                    page = NO_PAGE
-            add_page(page)
+        add_page, add_place = pages.append, self.places.append
+        for page, key in zip(cache.get_many(timelines), keys, strict=True):
+            if page is not None:
+                known = page.keys
+                place = bisect_left(known, key)
+                if place < len(known) and known[place] == key:
+                    add_page(page)
+                    add_place(place)
+                    continue
+                if page.contains(key) and MIN_ITEM_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+                    add_page(page)
+                    add_place(-1)
+                    continue
+            rest.append(len(pages))
+            add_page(NO_PAGE)
+            add_place(-1)
         super().__init__(pages, rest)
 
     def drop(self, unproven: Iterable[Page]) -> int:
@@ -133,12 +133,12 @@ class PageGlance(Glance):
         rest: list[int] = []
         self._before = before
         self._limits = limits
-        for timeline, bound, limit in zip(timelines, before, limits, strict=True):
-            page = cache.get(timeline)
+        for page, bound, limit in zip(cache.get_many(timelines), before, limits, strict=True):
             if page is None or not is_page_read(bound, limit) or not page.covers(bound, limit):
                 rest.append(len(pages))
-                page = NO_PAGE
-            pages.append(page)
+                pages.append(NO_PAGE)
+            else:
+                pages.append(page)
         super().__init__(pages, rest)
 
     def answer(self, outcomes: bytearray, reads: Mapping[int, Read], max_bytes: int) -> Pages:
@@ -160,17 +160,26 @@ class PageGlance(Glance):
                     outcomes[index] = UNAVAILABLE
             slices.append(items)
             timeline_versions.append(version)
-        for index in _beyond(map(_slice_bytes, slices), len(slices)):
-            outcomes[index], timeline_versions[index], slices[index] = UNAVAILABLE, -1, _NOTHING
+        if sum([part.most_bytes for part in slices]) > MAX_ANSWER_BYTES:
+            for index in _beyond(map(_slice_bytes, slices), len(slices)):
+                outcomes[index], timeline_versions[index], slices[index] = UNAVAILABLE, -1, _NOTHING
+        keys: list[bytes] = []
+        values: list[bytes] = []
+        versions, written = array("q"), array("q")
+        for part in slices:
+            keys += part.keys
+            values += part.values
+            versions += part.versions
+            written += part.written
         return Pages(
             bytes(outcomes),
             pack_i64(timeline_versions),
             pack_u32([len(part.keys) for part in slices]),
             bytes([part.more for part in slices]),
-            [key for part in slices for key in part.keys],
-            [value for part in slices for value in part.values],
-            pack_i64([version for part in slices for version in part.versions]),
-            pack_i64([written for part in slices for written in part.written]),
+            keys,
+            values,
+            pack_i64(np.frombuffer(versions, dtype=np.int64)),
+            pack_i64(np.frombuffer(written, dtype=np.int64)),
         )
 
 

@@ -8,7 +8,9 @@ microsecond a timeline. Whatever can't be proven so takes the long way, through 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +24,29 @@ from .incarnations import Incarnations
 from .pages import Page
 from .suspicion import Suspicion
 
-_DIGEST = np.dtype("V16")
-_FEW = 24
+_FEW = 24  # pages; arrays of a few elements would cost more than they save
+_LABELS = np.dtype([("digest", "V16"), ("version", "<i8"), ("mark", "<i8"), ("order", "<i8")])
+_LABEL = struct.Struct("<16sqqq")
+
+
+class Label(NamedTuple):
+    """What a question whether a page is current needs, packed into `Page.label`: one column for many pages.
+
+    `digest`, `order`: the timeline's `timeline_digest` and `priority_index`. `version`: of the page. `mark`: of the
+    replica by which its horizon was found to be the present one (see `messages.Same`).
+    """
+
+    digest: bytes
+    version: int
+    mark: int
+    order: int
+
+    @classmethod
+    def of(cls, page: Page) -> Label:
+        return cls._make(_LABEL.unpack(page.label))
+
+    def packed(self) -> bytes:
+        return _LABEL.pack(*self)
 
 
 class Glances:
@@ -56,15 +79,15 @@ class Glances:
         return unproven
 
     def _prove_few(self, pages: Sequence[Page], names: Sequence[str]) -> Script[list[int]]:
-        """The same as `_prove_many`: arrays of a few elements would cost more than they save."""
         asked: dict[str, list[int]] = {}
-        for place, page in enumerate(pages):
-            for name in self._voters_of(page.order, names):
+        labels = list(map(Label.of, pages))
+        for place, label in enumerate(labels):
+            for name in self._voters_of(label.order, names):
                 asked.setdefault(name, []).append(place)
         calls = []
         for name, places in asked.items():
-            digests = b"".join([pages[place].digest for place in places])
-            calls.append(self._call(name, digests, pack_i64([pages[place].version for place in places])))
+            digests = b"".join([labels[place].digest for place in places])
+            calls.append(self._call(name, digests, pack_i64([labels[place].version for place in places])))
         replies = yield calls
         votes = [0] * len(pages)
         is_fresh = [False] * len(pages)
@@ -74,14 +97,12 @@ class Glances:
                 for at, place in enumerate(places):
                     if at not in others:
                         votes[place] += 1
-                        is_fresh[place] |= pages[place].mark == reply.mark
+                        is_fresh[place] |= labels[place].mark == reply.mark
         return [place for place in range(len(pages)) if votes[place] <= len(names) // 2 or not is_fresh[place]]
 
     def _prove_many(self, pages: Sequence[Page], names: Sequence[str]) -> Script[list[int]]:
-        orders = np.array([page.order for page in pages])
-        versions = np.array([page.version for page in pages], dtype="<i8")
-        marks = np.array([page.mark for page in pages], dtype="<i8")
-        digests = np.frombuffer(b"".join([page.digest for page in pages]), dtype=_DIGEST)
+        labels = np.frombuffer(b"".join([page.label for page in pages]), dtype=_LABELS)
+        orders, versions, marks, digests = (labels[name] for name in ("order", "version", "mark", "digest"))
         voters = self._voters(names)
         calls: list[Call] = []
         asked: list[npt.NDArray[np.intp]] = []

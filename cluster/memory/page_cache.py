@@ -1,14 +1,16 @@
 """What a cache node keeps in memory: pages of timelines, and decoded cold blocks (*pure*).
 
-Both are bounded by the memory that their entries really occupy. Pages live in a segmented LRU (Karedla, Love and
-Wherry, "Caching strategies to improve disk system performance", 1994): a page starts on probation and is protected
-only when it is read again, and pages on probation leave first. So a scan over many timelines, each read once,
-passes through probation and leaves the pages that are read all the time in place.
+Both are bounded by the memory that their entries really occupy. Pages live in two queues, as in S3-FIFO (Yang, Zhang,
+Qiu, Yue and Rashmi, "FIFO queues are all you need for cache eviction", 2023): a read only sets a flag, and what that
+means is seen to when room is needed. A page starts on probation, which has a small share; one that was read again by
+the time it is to leave is protected, and leaves when it was not read for a whole round. So a scan over many timelines,
+each read once, passes through probation and leaves the pages that are read all the time in place.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 from .pages import Page
@@ -23,80 +25,79 @@ class PageCache:
     def __init__(self, budget_bytes: int, *, protected_share: float = 0.8) -> None:
         """`protected_share`: the part of the budget that pages which were read again may hold."""
         self.budget_bytes = budget_bytes
-        self.hits = 0
-        self.misses = 0
         self.evictions = 0
         self.nbytes = 0
-        self._protected_budget_bytes = int(budget_bytes * protected_share)
-        self._protected_bytes = 0
-        self._probation: OrderedDict[bytes, Page] = OrderedDict()
-        self._protected: OrderedDict[bytes, Page] = OrderedDict()
+        self._probation_budget_bytes = int(budget_bytes * (1 - protected_share))
+        self._probation_bytes = 0
+        self._pages: dict[bytes, Page] = {}
+        self._probation: dict[bytes, None] = {}  # both queues: oldest first
+        self._protected: dict[bytes, None] = {}
         self._missed: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._probation) + len(self._protected)
+        return len(self._pages)
 
     def get(self, timeline: bytes) -> Page | None:
         """Page of a timeline; being asked for again protects it."""
-        page = self._protected.get(timeline)
+        page = self._pages.get(timeline)
         if page is not None:
-            self._protected.move_to_end(timeline)
-            self.hits += 1
-            return page
-        page = self._probation.pop(timeline, None)
-        if page is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._protected[timeline] = page
-        self._protected_bytes += _size(timeline, page)
-        self._demote()
+            page.used = True
         return page
+
+    def get_many(self, timelines: Iterable[bytes]) -> list[Page | None]:
+        """Pages of many timelines."""
+        pages = list(map(self._pages.get, timelines))
+        for page in pages:
+            if page is not None:
+                page.used = True
+        return pages
 
     def peek(self, timeline: bytes) -> Page | None:
         """Page of a timeline, without any consequence."""
-        page = self._protected.get(timeline)
-        return self._probation.get(timeline) if page is None else page
+        return self._pages.get(timeline)
 
     def put(self, timeline: bytes, page: Page) -> None:
         """Keep a page that reaches the newest item, unless a later version of the timeline's page is kept."""
         size = _size(timeline, page)
-        known = self.peek(timeline)
+        known = self._pages.get(timeline)
         if page.high or (known is not None and known.version > page.version):
             return
         if size > self.budget_bytes:
             self.drop(timeline)
             return
+        self._pages[timeline] = page
         if known is None:
-            self._probation[timeline] = page
+            self._probation[timeline] = None
+            self._probation_bytes += size
             self._missed.pop(timeline, None)
             self.nbytes += size
         else:
+            page.used = known.used
             grown = size - _size(timeline, known)
             self.nbytes += grown
-            if timeline in self._protected:
-                self._protected[timeline] = page
-                self._protected_bytes += grown
-                self._demote()
-            else:
-                self._probation[timeline] = page
+            if timeline in self._probation:
+                self._probation_bytes += grown
         self._evict()
 
     def drop(self, timeline: bytes) -> None:
         """Forget a timeline's page, if there is one."""
-        page = self._probation.pop(timeline, None)
+        page = self._pages.pop(timeline, None)
         if page is None:
-            page = self._protected.pop(timeline, None)
-            if page is None:
-                return
-            self._protected_bytes -= _size(timeline, page)
-        self.nbytes -= _size(timeline, page)
+            return
+        size = _size(timeline, page)
+        self.nbytes -= size
+        if timeline in self._probation:
+            del self._probation[timeline]
+            self._probation_bytes -= size
+        else:
+            del self._protected[timeline]
 
     def clear(self) -> None:
         """Forget all pages."""
+        self._pages.clear()
         self._probation.clear()
         self._protected.clear()
-        self.nbytes = self._protected_bytes = 0
+        self.nbytes = self._probation_bytes = 0
 
     def is_warm(self, timeline: bytes) -> bool:
         """Whether a timeline without a page has been asked for before, lately; remembers that it is asked for.
@@ -112,22 +113,22 @@ class PageCache:
             self._missed.popitem(last=False)
         return False
 
-    def _demote(self) -> None:
-        """Give pages that the protected share has no room for another round on probation."""
-        while self._protected_bytes > self._protected_budget_bytes and self._protected:
-            timeline, page = self._protected.popitem(last=False)
-            self._protected_bytes -= _size(timeline, page)
-            self._probation[timeline] = page
-
     def _evict(self) -> None:
         while self.nbytes > self.budget_bytes:
-            if self._probation:
-                timeline, page = self._probation.popitem(last=False)
+            on_probation = self._probation_bytes > self._probation_budget_bytes or not self._protected
+            timeline = next(iter(self._probation if on_probation else self._protected))
+            page = self._pages[timeline]
+            if not page.used:
+                self.drop(timeline)
+                self.evictions += 1
+                continue
+            page.used = False
+            if on_probation:
+                del self._probation[timeline]
+                self._probation_bytes -= _size(timeline, page)
             else:
-                timeline, page = self._protected.popitem(last=False)
-                self._protected_bytes -= _size(timeline, page)
-            self.nbytes -= _size(timeline, page)
-            self.evictions += 1
+                del self._protected[timeline]
+            self._protected[timeline] = None  # as the youngest
 
 
 class Sized(Protocol):

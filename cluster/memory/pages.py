@@ -39,32 +39,31 @@ class Rows:
 
 @dataclass(slots=True)
 class PageSlice:
-    """Items of a page, newest first. `more`: older items may exist."""
+    """Items of a page, newest first. `more`: older items may exist. `most_bytes`: what keys and values have at most."""
 
     keys: list[bytes]
     values: list[bytes]
-    versions: list[int]
-    written: list[int]
+    versions: array[int]
+    written: array[int]
     more: bool
+    most_bytes: int
 
 
 class Page:
     """Items of one timeline in [low, high), complete at `version`. Its items never change.
 
-    `digest`, `order`: the timeline's `timeline_digest` and `priority_index`, for questions whether the page is current.
-    `mark`: of the replica by which its horizon was found to be the present one (see `messages.Same`). All three are
-    set when the page is put into the cache.
+    `label`: what questions whether it is current need, see `glances.Label`; b"" for a page that is not in the cache.
+    `used`: it was asked for since the cache looked at it last.
     """
 
     __slots__ = (
         "_nbytes",
-        "digest",
         "high",
         "horizon",
         "keys",
+        "label",
         "low",
-        "mark",
-        "order",
+        "used",
         "values",
         "version",
         "versions",
@@ -90,9 +89,8 @@ class Page:
         self.values = values
         self.versions = versions
         self.written = written
-        self.digest = b""
-        self.order = 0
-        self.mark = 0
+        self.label = b""
+        self.used = False
         self._nbytes = 0
 
     @classmethod
@@ -161,14 +159,10 @@ class Page:
         cut = self._cut(start, end, max_bytes)
         if cut == start and end - start < limit and self.low:
             return None
-        part = slice(cut, end)
-        return PageSlice(
-            self.keys[part][::-1],
-            self.values[part][::-1],
-            self.versions[part].tolist()[::-1],
-            self.written[part].tolist()[::-1],
-            cut > 0 or bool(self.low),
-        )
+        part = slice(end - 1, cut - 1 if cut else None, -1) if end else slice(0, 0)
+        more = cut > 0 or bool(self.low)
+        columns = (self.keys[part], self.values[part], self.versions[part], self.written[part])
+        return PageSlice(*columns, more, self.nbytes)
 
     def _cut(self, start: int, end: int, max_bytes: int) -> int:
         """Least position >= start from which the items up to `end` fit into `max_bytes`; one always fits."""

@@ -40,7 +40,7 @@ from ..messages import (
 from ..routing import Routing
 from .answering import Answering
 from .block_reads import BlockReader
-from .glances import Glances
+from .glances import Glances, Label
 from .hot_cold import StartOver
 from .incarnations import Incarnations
 from .page_cache import BlockCache, PageCache
@@ -461,13 +461,12 @@ class Reader:
         if base is not known:
             timeline, settings = work.slot.timeline, self.settings
             base = base.trim(settings.max_page_items, settings.max_page_bytes)
-            if known is not None and known.digest:
-                base.digest, base.order = known.digest, known.order
-            else:
-                base.digest = timeline_digest(timeline, self._digest_seed)
-                base.order = priority_index(timeline, self._routing.topology.storage_replicas)
+            digest = timeline_digest(timeline, self._digest_seed)
+            order = priority_index(timeline, self._routing.topology.storage_replicas)
+            base.label = Label(digest, base.version, work.slot.data_mark, order).packed()
             self.cache.put(timeline, base)
-        base.mark = work.slot.data_mark
+        elif known.label:
+            base.label = Label.of(base)._replace(mark=work.slot.data_mark).packed()
 
     def _fetch(self, work: Answering) -> ReadScript:
         """Read the blocks that ranges need, then answer from them."""
