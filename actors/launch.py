@@ -73,15 +73,15 @@ def start_cluster(
     deadline = time.monotonic() + timeout_s
     connect_ray(address, data_dir=folder)
     router = _start_router(name_space, folder, config, deadline)
-    running_config = _ask(router, "config")
-    topology = decode_topology(_ask(router, "topology", -1, 1.0))
-    places = _ask(router, "places")
+    running_config = ask_router(router, "config")
+    topology = decode_topology(ask_router(router, "topology", -1, 1.0))
+    places = ask_router(router, "places")
     zones = Config.from_json(running_config).zones
     names = topology.node_names()
-    away = _away(zones, places)
+    away = nodes_away(zones, places)
     _remove_refused(name_space, [name for name in names if name not in away], deadline)
-    nodes = {name: _start_node(_spec(name, name_space, running_config), zones, places.get(name)) for name in names}
-    _wait_until_ready(nodes, away, topology.cluster_id, deadline, progress or (lambda done, total, what: None))
+    nodes = {name: start_node(node_spec(name, name_space, running_config), zones, places.get(name)) for name in names}
+    wait_until_ready(nodes, away, topology.cluster_id, deadline, progress or (lambda done, total, what: None))
     return cluster_status(name_space)
 
 
@@ -91,14 +91,14 @@ def stop_cluster(namespace: str = "timetier", *, address: str | None = None) -> 
     Raises Unavailable when one does not end.
     """
     connect_ray(address)
-    names = _running(namespace)
-    handles = [handle for handle in (_find(name, namespace) for name in names) if handle is not None]
+    names = running_actors(namespace)
+    handles = [handle for handle in (find_actor(name, namespace) for name in names) if handle is not None]
     stopping = [handle.stop.remote() for handle in handles]
     if stopping:
         ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_S)  # who does not answer is ended all the same
     for handle in handles:
         ray.kill(handle, no_restart=True)
-    _wait_until_gone(namespace, names, time.monotonic() + _CALL_S)
+    wait_until_gone(namespace, names, time.monotonic() + _CALL_S)
     return names
 
 
@@ -109,20 +109,20 @@ def cluster_status(namespace: str = "timetier", *, address: str | None = None) -
     there is alive. Works with the Router dead, too: then it tells of the nodes that run.
     """
     connect_ray(address)
-    running = _running(namespace)
-    router = _find(ROUTER, namespace)
+    running = running_actors(namespace)
+    router = find_actor(ROUTER, namespace)
     expected: list[str] = []
     zones: ZonesConfig | None = None
     places: dict[str, NodePlace] = {}
     if router is not None:
         try:
-            expected = decode_topology(_ask(router, "topology", -1, 1.0, timeout_s=_STATUS_S)).node_names()
-            places = _ask(router, "places", timeout_s=_STATUS_S)
-            zones = Config.from_json(_ask(router, "config", timeout_s=_STATUS_S)).zones
+            expected = decode_topology(ask_router(router, "topology", -1, 1.0, timeout_s=_STATUS_S)).node_names()
+            places = ask_router(router, "places", timeout_s=_STATUS_S)
+            zones = Config.from_json(ask_router(router, "config", timeout_s=_STATUS_S)).zones
         except TimeTierError:
             expected = []  # its own line says why
     names = [*expected, *(name for name in running if name not in {*expected, ROUTER})]
-    away = _away(zones, places)
+    away = nodes_away(zones, places)
     states = _statuses(namespace, [ROUTER, *names], away)
     for name, place in places.items():
         states[name] |= {"zone": place.zone, "host": place.host}
@@ -136,7 +136,7 @@ def cluster_status(namespace: str = "timetier", *, address: str | None = None) -
 
 
 def _start_router(namespace: str, folder: Path, config: Config | None, deadline: float) -> Any:
-    existed = _find(ROUTER, namespace) is not None
+    existed = find_actor(ROUTER, namespace) is not None
     wanted = None if config is None else config.to_json()
     router: Any = (
         ray.remote(Router)
@@ -149,14 +149,14 @@ def _start_router(namespace: str, folder: Path, config: Config | None, deadline:
         )
         .remote(namespace, str(folder), wanted, alive_machines(None if config is None else config.zones))
     )
-    hello = _ask(router, "hello", timeout_s=max(1.0, deadline - time.monotonic()))
+    hello = ask_router(router, "hello", timeout_s=max(1.0, deadline - time.monotonic()))
     check_version(hello["version"])
     if hello["reason"]:
         ray.kill(router, no_restart=True)
-        _wait_until_gone(namespace, [ROUTER], deadline)
+        wait_until_gone(namespace, [ROUTER], deadline)
         raise Refused(f"router: {hello['reason']}")
     if existed:
-        running = Config.from_json(_ask(router, "config"))
+        running = Config.from_json(ask_router(router, "config"))
         if Path(running.data_dir) != folder:
             raise ConfigError(
                 f"the cluster of namespace {namespace!r} runs in {running.data_dir}, not in {folder}: name that "
@@ -180,12 +180,13 @@ def check_version(version: str) -> None:
 # ---------------------------------------------------------------- nodes
 
 
-def _spec(name: str, namespace: str, config: str) -> NodeSpec:
+def node_spec(name: str, namespace: str, config: str) -> NodeSpec:
+    """What the actor of a node is made from, but for its zone."""
     _, group, number = name.split("-")
     return NodeSpec(name, int(group), int(number), namespace, config)
 
 
-def _start_node(spec: NodeSpec, zones: ZonesConfig | None, place: NodePlace | None) -> Any:
+def start_node(spec: NodeSpec, zones: ZonesConfig | None, place: NodePlace | None) -> Any:
     """Its handle at once. Ray starts the actor on a Ray node of its place, and again only there, however late."""
     labels = selector(zones, place) if zones is not None and place is not None else {}
     return (
@@ -201,7 +202,7 @@ def _start_node(spec: NodeSpec, zones: ZonesConfig | None, place: NodePlace | No
     )
 
 
-def _away(zones: ZonesConfig | None, places: Mapping[str, NodePlace]) -> dict[str, str]:
+def nodes_away(zones: ZonesConfig | None, places: Mapping[str, NodePlace]) -> dict[str, str]:
     """Nodes whose place has no Ray node that is alive, and what they wait for."""
     if zones is None:
         return {}
@@ -222,13 +223,13 @@ def _remove_refused(namespace: str, names: Iterable[str], deadline: float) -> No
     states = _statuses(namespace, names)
     refused = [name for name, state in states.items() if state["state"] in ENDS - SERVES]
     for name in refused:
-        handle = _find(name, namespace)
+        handle = find_actor(name, namespace)
         if handle is not None:
             ray.kill(handle, no_restart=True)
-    _wait_until_gone(namespace, refused, deadline)
+    wait_until_gone(namespace, refused, deadline)
 
 
-def _wait_until_ready(
+def wait_until_ready(
     nodes: dict[str, Any], away: dict[str, str], cluster_id: str, deadline: float, progress: Progress
 ) -> None:
     """Raises Refused or Unavailable with the names and reasons of those that do not serve; not waiting for `away`."""
@@ -277,21 +278,23 @@ def _why_not_ready(answer: Any, cluster_id: str) -> str | None:
 # ---------------------------------------------------------------- Ray calls
 
 
-def _running(namespace: str) -> list[str]:
+def running_actors(namespace: str) -> list[str]:
     """Names of this cluster's actors that Ray knows, sorted."""
     found = list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in found if actor["namespace"] == namespace]
     return sorted(name for name in names if _OUR_NAMES.fullmatch(name))
 
 
-def _find(name: str, namespace: str) -> Any:
+def find_actor(name: str, namespace: str) -> Any:
+    """Handle of an actor, None if Ray knows none of that name."""
     try:
         return ray.get_actor(name, namespace=namespace)
     except ValueError:
         return None
 
 
-def _ask(handle: Any, method: str, *arguments: Any, timeout_s: float = _CALL_S) -> Any:
+def ask_router(handle: Any, method: str, *arguments: Any, timeout_s: float = _CALL_S) -> Any:
+    """Result of one method of the Router. Raises Unavailable, or what the Router raised."""
     try:
         return ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
@@ -310,7 +313,7 @@ def _statuses(namespace: str, names: Iterable[str], away: Mapping[str, str] | No
     asked: dict[str, Any] = {}
     absent = away or {}
     for name in names:
-        handle = _find(name, namespace)
+        handle = find_actor(name, namespace)
         if handle is not None:
             asked[name] = handle.status.remote()
         elif name not in absent:
@@ -331,11 +334,12 @@ def _statuses(namespace: str, names: Iterable[str], away: Mapping[str, str] | No
     return found
 
 
-def _wait_until_gone(namespace: str, names: Iterable[str], deadline: float) -> None:
+def wait_until_gone(namespace: str, names: Iterable[str], deadline: float) -> None:
+    """Wait until Ray knows none of the actors. Raises Unavailable."""
     gone = set(names)
-    while gone & set(_running(namespace)):
+    while gone & set(running_actors(namespace)):
         if time.monotonic() > deadline:
-            left = ", ".join(sorted(gone & set(_running(namespace))))
+            left = ", ".join(sorted(gone & set(running_actors(namespace))))
             raise Unavailable(f"{left} did not end in time")
         time.sleep(0.02)
 

@@ -109,8 +109,25 @@ class Router:
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"malformed address: {error}") from None
         if state.register(parsed):
-            async with self._changed:
-                self._changed.notify_all()
+            await self._tell()
+        return state.epoch
+
+    async def admit_cache_nodes(self, count: int, machines: Sequence[NodePlace]) -> dict[str, NodePlace]:
+        """Let cache nodes register that nobody is told of yet; see `RouterState.admit_cache_nodes`."""
+        return self._open().admit_cache_nodes(count, machines)
+
+    async def publish_cache_nodes(self, count: int) -> int:
+        """Have so many cache nodes per storage group from now on. The epoch from which on everybody knows it."""
+        state = self._open()
+        if state.publish_cache_nodes(count):
+            await self._tell()
+        return state.epoch
+
+    async def forget_absent(self) -> int:
+        """Drop what is known of nodes that the cluster does not have any more. The epoch."""
+        state = self._open()
+        if state.forget_absent():
+            await self._tell()
         return state.epoch
 
     async def may_format(self, node: str) -> bool:
@@ -171,6 +188,7 @@ class Router:
             "pid": os.getpid(),
             "cluster_id": state.cluster_id,
             "epoch": state.epoch,
+            "cache_nodes": topology.cache_nodes,
             "nodes": len(topology.node_names()),
             "registered": len(topology.addresses),
             "folders": state.folders,
@@ -183,6 +201,11 @@ class Router:
         """End background work; the state is on disk already."""
         for task in self._background:
             task.cancel()
+
+    async def _tell(self) -> None:
+        """Wake up who waits for a later epoch."""
+        async with self._changed:
+            self._changed.notify_all()
 
     def _open(self) -> RouterState:
         if self._state is None:

@@ -27,6 +27,7 @@ from ..cluster.topology import Topology
 FORMAT = 1
 MAP_FILE = "static.map"
 MAX_RUNS = 20
+MAX_CACHE_NODES = 64  # per storage group, as the configuration allows
 _RETRY_AFTER_S = 1.0
 MAX_REPORT_BYTES = 16_384
 GRANTED, FORMATTED = "granted", "formatted"
@@ -43,6 +44,7 @@ class _State(msgspec.Struct):
     folders: dict[str, str] = {}
     runs: list[dict[str, Any]] = []
     places: dict[str, NodePlace] = {}
+    cache_nodes: int | None = None  # per group, since `timetier scale`; None: as configured
     format: int = FORMAT
 
 
@@ -61,6 +63,7 @@ class RouterState:
         self._static_map = static_map
         self.config = Config.from_json(state.config)
         self._nodes = frozenset(self._shape().node_names())
+        self._admitted: frozenset[str] = frozenset()  # cache nodes that start, and are not in the shape yet
         self._on_disk = msgspec.json.encode(state)
 
     @classmethod
@@ -79,7 +82,7 @@ class RouterState:
         if not path.exists():
             _refuse_orphans(data_dir)
             first = config or load_config(None, data_dir=data_dir).model_copy(update={"namespace": namespace})
-            places = _places(first, machines, {})
+            places = _places(first, first.cache.nodes, machines, {})
             make_folder_durably(path.parent)
             static_map = StaticMap.load(first.buckets)
             write_durably(path.with_name(MAP_FILE), static_map.to_bytes())
@@ -159,6 +162,47 @@ class RouterState:
             self._state.folders[node] = FORMATTED
             self._save()
 
+    def admit_cache_nodes(self, count: int, machines: Iterable[NodePlace]) -> dict[str, NodePlace]:
+        """Let the cache nodes of a shape with `count` of them a group register, before anybody is told of them.
+
+        Their places, with those of all other nodes; empty without zones. Not kept over a restart of the Router: who
+        starts them asks again. Raises InvalidRequest, ConfigError.
+        """
+        _check_cache_nodes(count)
+        shape = msgspec.structs.replace(self._shape(), cache_nodes=count)
+        places = _places(self.config, count, machines, self._state.places)
+        if not places.items() <= self._state.places.items():
+            self._state.places = {**self._state.places, **places}
+            self._save()
+        self._admitted = frozenset(shape.node_names())
+        return places
+
+    def publish_cache_nodes(self, count: int) -> bool:
+        """Have `count` cache nodes a group from now on. Whether that changed anything (then the epoch grew).
+
+        Addresses of nodes that leave stay until `forget_absent`, so that calls under way to them end well. Raises
+        InvalidRequest.
+        """
+        _check_cache_nodes(count)
+        if count == self._shape().cache_nodes:
+            return False
+        self._state.cache_nodes = count
+        self._state.epoch += 1
+        self._save()
+        self._nodes = frozenset(self._shape().node_names())
+        return True
+
+    def forget_absent(self) -> bool:
+        """Drop the addresses of nodes that are not in the shape any more. Whether there were any."""
+        self._admitted = frozenset()
+        kept = {name: address for name, address in self._state.addresses.items() if name in self._nodes}
+        if len(kept) == len(self._state.addresses):
+            return False
+        self._state.addresses = kept
+        self._state.epoch += 1
+        self._save()
+        return True
+
     def report_run(self, report: dict[str, Any]) -> None:
         """Note the progress of a sink run: a dict with `run` (its id) and `state`, ready for JSON.
 
@@ -187,7 +231,9 @@ class RouterState:
         text = config.to_json()
         if text == self._state.config:
             return
-        places = _places(config, machines, self._state.places)
+        keeps_scale = config.cache.nodes == self.config.cache.nodes
+        cache_nodes = self._state.cache_nodes if keeps_scale else None  # who configures another number means it
+        places = _places(config, cache_nodes or config.cache.nodes, machines, self._state.places)
         old = self._shape()
         self.config, old_config = config, self.config
         fixed = ("buckets", "storage_groups", "storage_replicas", "cold_groups", "cold_replicas", "cold_disks")
@@ -199,7 +245,8 @@ class RouterState:
                     f"the configuration says {name}={getattr(new, name)}, but this cluster was created with "
                     f"{getattr(old, name)}, which can't be changed: put that back, or choose another data folder"
                 )
-        self._nodes = frozenset(new.node_names())
+        self._state.cache_nodes = cache_nodes
+        self._nodes = frozenset(self._shape().node_names())
         self._state.addresses = {k: v for k, v in self._state.addresses.items() if k in self._nodes}
         self._state.config = text
         self._state.places = {**self._state.places, **places}
@@ -217,11 +264,14 @@ class RouterState:
         )
         shipped = self.config.buckets == SHIPPED_BUCKETS
         return msgspec.structs.replace(
-            shape, map_checksum=state.map_checksum, static_map=b"" if shipped else self._static_map.to_bytes()
+            shape,
+            cache_nodes=state.cache_nodes or shape.cache_nodes,
+            map_checksum=state.map_checksum,
+            static_map=b"" if shipped else self._static_map.to_bytes(),
         )
 
     def _check_node(self, node: str) -> None:
-        if node not in self._nodes:
+        if node not in self._nodes and node not in self._admitted:
             raise InvalidRequest(f"this cluster has no node {node!r}")
 
     def _save(self) -> None:
@@ -239,11 +289,20 @@ class RouterState:
         self._on_disk = state
 
 
-def _places(config: Config, machines: Iterable[NodePlace], placed: Mapping[str, NodePlace]) -> dict[str, NodePlace]:
-    """Place of each node that this configuration has; none without zones. Raises ConfigError."""
+def _check_cache_nodes(count: int) -> None:
+    if not 1 <= count <= MAX_CACHE_NODES:
+        raise InvalidRequest(f"cache_nodes={count}: pass 1 to {MAX_CACHE_NODES} (per storage group)")
+
+
+def _places(
+    config: Config, cache_nodes: int, machines: Iterable[NodePlace], placed: Mapping[str, NodePlace]
+) -> dict[str, NodePlace]:
+    """Place of each node that a cluster of this configuration has, with so many cache nodes a group; none without
+    zones. Raises ConfigError."""
     if config.zones is None:
         return {}
     shape = config.topology(cluster_id="", namespace="", epoch=0, addresses={}, secret="")
+    shape = msgspec.structs.replace(shape, cache_nodes=cache_nodes)
     return place_nodes(config.zones, shape.node_names(), machines, placed)
 
 

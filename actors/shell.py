@@ -26,6 +26,7 @@ from .. import __version__
 from ..cluster.budget import budget_mb, queued_mb, resident_mb, sends_mb
 from ..cluster.carriers.base import Address, answer_frame
 from ..cluster.carriers.direct import DirectCarrier, DirectServer, host_id
+from ..cluster.collecting import collect_rarely
 from ..cluster.config import Config
 from ..cluster.counters import Counters
 from ..cluster.durable_file import make_folder_durably, write_durably
@@ -228,6 +229,7 @@ class NodeActor:
         while True:
             try:
                 await service.start()
+                collect_rarely()
                 return
             except Unavailable as error:
                 self._reason = error.message

@@ -525,8 +525,8 @@ class AskChanged(_Message):
 class ChangedList(_Message):
     """Answer to `AskChanged`: `chosen` (int64) says how far each of the timelines is here.
 
-    `reached`: position up to which the answer tells of every change; `more`: there are others after it. Not `whole`: the
-    journal does not reach back to the position; who compares all timelines after this answer goes on from `reached`.
+    `reached`: position up to which the answer tells of every change; `more`: there are others after it. Not `whole`:
+    the journal does not reach back to the position; who compares all timelines after this answer goes on from there.
     """
 
     timelines: list[bytes]

@@ -9,10 +9,12 @@ from types import FrameType
 import click
 
 from .. import __version__
+from .cli_bench import bench
 from .cli_cluster import down, map_command, status, up
 from .cli_common import run_command
 from .cli_data import delete, get, load, put, timeline
 from .cli_demo import demo
+from .cli_scale import scale
 from .cli_sink import sink
 from .cli_verify import repair, verify
 
@@ -27,7 +29,9 @@ def commands() -> None:
     """
 
 
-for command in (up, down, status, load, get, put, timeline, delete, sink, verify, repair, map_command, demo):
+_CLUSTER = (up, down, status, scale, sink, verify, repair, map_command)
+_DATA = (load, get, put, timeline, delete)
+for command in (*_CLUSTER, *_DATA, demo, bench):
     commands.add_command(command)
 
 

@@ -18,12 +18,18 @@ from dataclasses import dataclass, field, replace
 from interaction_text import BUCKETS, ballot_text, id_text, life_text, message_text, timeline_text, value_text
 from memory_engine import MemoryEngine
 from timetier.cluster.counters import Counters
-from timetier.cluster.messages import NO_BALLOT, Life, Message, PeerBatch, PeerMessage, decode, encode
+from timetier.cluster.messages import NO_BALLOT, Accepts, Life, Message, PeerBatch, PeerMessage, decode, encode
 from timetier.cluster.paxos.core import Settings, Timeline
+from timetier.cluster.paxos.flights import singles
 from timetier.cluster.paxos.replica import FENCED, JOIN_S, JOINING, VOTING, Replica
 from timetier.cluster.paxos.rows import log_entry, log_key
 
 MAX_ROUNDS = 1_000  # of `stabilize`: a group that does not come to rest is an error
+
+
+def _one_by_one(messages: list[PeerMessage]) -> list[PeerMessage]:
+    """Messages with each timeline's Accept by itself, so that a script can drop and delay it."""
+    return [one for message in messages for one in (singles(message) if isinstance(message, Accepts) else [message])]
 
 
 class MiddleOfTheRange(random.Random):
@@ -181,7 +187,7 @@ class HandDriven:
             self.on_answer(number, token, decode(encode(answer)))
         sent: dict[str, list[int]] = {}
         for peer, batch in output.peers:
-            for message in batch.messages or (None,):
+            for message in _one_by_one(batch.messages) or (None,):
                 flight = self._flight(number, peer, batch, message)
                 if message is not None or self._is_news(flight):
                     self.flights.append(flight)

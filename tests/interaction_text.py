@@ -17,8 +17,11 @@ from timetier.cluster.messages import (
     WIPE,
     Accept,
     Accepted,
+    AcceptedAll,
+    Accepts,
     Ballot,
     Chosen,
+    ChosenAll,
     Entries,
     Fetch,
     Life,
@@ -27,6 +30,7 @@ from timetier.cluster.messages import (
     Prepare,
     Promise,
     State,
+    Unheard,
     Value,
 )
 
@@ -93,6 +97,8 @@ def message_text(message: PeerMessage | None) -> str:
     """One message between replicas; None is a batch without messages, which only tells of the sender's life."""
     if message is None:
         return "Hello"
+    if isinstance(message, Accepts | AcceptedAll | ChosenAll | Unheard):
+        return f"{type(message).__name__} {message.number} of {life_text(message.life)}"
     name = timeline_text(message.timeline)
     match message:
         case Prepare(entry=entry, ballot=ballot):

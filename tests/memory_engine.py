@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 
 class MemoryEngine:
@@ -11,11 +11,20 @@ class MemoryEngine:
 
     def __init__(self) -> None:
         self.sequence = 1
+        self.before_commit: Callable[[], None] = lambda: None
         self._rows: dict[bytes, bytes] = {}
         self._names: list[bytes] = []
         self._pending: list[tuple[bytes, bytes | None]] = []
         self._unsynced: list[list[tuple[bytes, bytes | None]]] = []
         self._synced: dict[bytes, bytes] = {}
+
+    def __deepcopy__(self, _: object) -> MemoryEngine:
+        """Its rows, without the life that uses it."""
+        copied = MemoryEngine()
+        copied.sequence = self.sequence
+        copied._rows, copied._names, copied._synced = dict(self._rows), list(self._names), dict(self._synced)
+        copied._pending, copied._unsynced = list(self._pending), list(map(list, self._unsynced))
+        return copied
 
     def put(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))
@@ -24,6 +33,7 @@ class MemoryEngine:
         self._pending.append((key, None))
 
     def commit(self) -> int:
+        self.before_commit()
         if self._pending:
             for key, value in self._pending:
                 if value is None:
@@ -45,6 +55,7 @@ class MemoryEngine:
 
     def crash(self, keep: int = 0) -> None:
         """The process dies: of the batches that were not synced the first `keep` had reached the disk."""
+        self.before_commit = lambda: None
         self._settle(min(keep, len(self._unsynced)))
         self._pending, self._unsynced = [], []
         self._rows = dict(self._synced)

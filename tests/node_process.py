@@ -16,6 +16,7 @@ from pathlib import Path
 from timetier.cluster.budget import budget_mb, queued_mb, sends_mb
 from timetier.cluster.carriers.base import Address
 from timetier.cluster.carriers.direct import DirectCarrier, DirectServer, host_id
+from timetier.cluster.collecting import collect_rarely
 from timetier.cluster.config import Config
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import open_identity
@@ -92,6 +93,7 @@ async def serve(name: str, folder: Path, config: Config) -> None:
         max_reply_bytes=queued_mb(tier, config) << 20,
     )
     await service.start()
+    collect_rarely()
     if isinstance(service, StorageService):
         service._identity.mark_formatted()
         service.allow_votes()

@@ -28,8 +28,10 @@ from timetier.cluster.messages import (
 )
 from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import VOTING, Replica
+from timetier.cluster.storage.version_cache import HEADER_BYTES, ROW_BYTES, Owner, VersionCache
 
 BUCKETS = 64
+DIGEST_SEED = 5
 
 
 def key_of(owner: str) -> bytes:
@@ -63,7 +65,10 @@ def write_message(
 
 @dataclass
 class Member:
+    """`memory`: of its version cache; a crash of the process leaves it as it is."""
+
     engine: MemoryEngine
+    memory: bytearray = field(default_factory=lambda: bytearray(HEADER_BYTES + 8 * ROW_BYTES))
     replica: Replica | None = None
     boot: int = 0
     sync_at: float | None = None
@@ -117,6 +122,7 @@ class Group:
             wall_us=lambda: int(self.now * 1e6) + 1_000_000,
             counters=Counters(),
             past=range(1, member.boot),
+            versions=VersionCache(member.memory, Owner(b"%d" % number, member.boot, member.boot - 1, DIGEST_SEED)),
         )
         self.pump(number)
 

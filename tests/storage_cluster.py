@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from timetier.cluster.carriers.memory import MemoryCarrier, MemoryNetwork
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
-from timetier.cluster.identity import open_identity
+from timetier.cluster.identity import Identity, open_identity
 from timetier.cluster.messages import PUT, Write, Written, pack_i64, pack_u32, unpack_i64
 from timetier.cluster.storage.home import OpenEngine
 from timetier.cluster.storage.service import StorageService, free_bytes
+from timetier.cluster.storage.version_home import VersionHome
 from timetier.cluster.topology import TablePolicy, Topology
 
 BUCKETS = 64
@@ -68,7 +70,7 @@ class StorageCluster:
         self.services: dict[int, StorageService] = {}
         self.client: MemoryCarrier = self.network.carrier("client")
 
-    async def __aenter__(self) -> StorageCluster:
+    async def __aenter__(self) -> Self:
         for number in range(3):
             await self.start(number)
         await self.ready()
@@ -94,6 +96,7 @@ class StorageCluster:
             seed=number,
             free_bytes=self.free_bytes,
             open_engine=self.open_engine,
+            versions=self.memory_of(identity),
         )
         try:
             await service.start()
@@ -105,6 +108,10 @@ class StorageCluster:
         self.network.register(name, service.handle)
         self.services[number] = service
         return service
+
+    def memory_of(self, identity: Identity) -> VersionHome | None:
+        """Where a node's version cache lies; None for memory that is gone with it."""
+        return None
 
     async def stop(self, number: int) -> None:
         service = self.services.pop(number)

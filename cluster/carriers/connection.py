@@ -17,6 +17,8 @@ CLOSE_TIMEOUT_S = 1.0  # time that a closing connection has to hand over what is
 LOG_LINES = 10  # of refusals and the like, at most, in each
 LOG_WINDOW_S = 10.0
 MAX_LINE_LENGTH = 400
+SOCKET_BYTES = 1 << 20  # that the system keeps for a local peer: a block is handed over at once, not in turns
+_ALONE_BYTES = 64 << 10  # what is larger is not copied to be sent together with other frames
 WRITE_BYTES = 1 << 20  # handed to the transport at a time: all that waits there is moved each time more is added
 # A TCP peer that takes nothing for so long is gone. After an outage, a new connection is open sooner than TCP, whose
 # pauses double, tries again on the old one.
@@ -86,7 +88,7 @@ class FrameConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_BYTES)
-        _notice_dead_peers(self.transport.get_extra_info("socket"))
+        _set_options(self.transport.get_extra_info("socket"))
         if isinstance(self.handshake, ServerHandshake):
             self.transport.write(self.handshake.greeting)
 
@@ -107,7 +109,7 @@ class FrameConnection(asyncio.Protocol):
             self.drop(error.counter, str(error))
 
     def resume_writing(self) -> None:
-        self._flush()
+        self.flush()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing = True
@@ -125,23 +127,28 @@ class FrameConnection(asyncio.Protocol):
     def write_frame(self, call_id: int, kind: int, payload: bytes) -> None:
         """Send a frame at the end of this loop turn, together with all others of it."""
         if not self._corked:
-            self.loop.call_soon(self._flush)
+            self.loop.call_soon(self.flush)
         self._corked.append(HEADER.pack(len(payload), call_id, kind))
         self._corked.append(payload)
         self._corked_bytes += HEADER.size + len(payload)
 
-    def _flush(self, *, everything: bool = False) -> None:
+    def flush(self, *, everything: bool = False) -> None:
         """Hand over what the transport has room for; it calls `resume_writing` when it has more."""
         while self._corked and not self.closing:
             if not everything and self.transport.get_write_buffer_size() > WRITE_BYTES:
                 return
             parts: list[bytes] = []
             size = 0
-            while self._corked and size < WRITE_BYTES:
+            while self._corked and size < WRITE_BYTES and len(self._corked[0]) < _ALONE_BYTES:
                 parts.append(self._corked.popleft())
                 size += len(parts[-1])
+            if parts:
+                self.transport.write(b"".join(parts))
+            else:  # a view, so that what the socket does not take at once is copied once only
+                large = self._corked.popleft()
+                size = len(large)
+                self.transport.write(memoryview(large))
             self._corked_bytes -= size
-            self.transport.write(b"".join(parts))
         if self.closing:
             self._corked.clear()
             self._corked_bytes = 0
@@ -160,7 +167,7 @@ class FrameConnection(asyncio.Protocol):
         """End the connection after what is queued was sent, in CLOSE_TIMEOUT_S seconds at most."""
         if self.closing:
             return
-        self._flush(everything=True)
+        self.flush(everything=True)
         self.end_reason = reason
         self.closing = True
         self.transport.close()
@@ -173,9 +180,13 @@ class FrameConnection(asyncio.Protocol):
         return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a local process"
 
 
-def _notice_dead_peers(sock: socket.socket | None) -> None:
-    """Have the kernel end a TCP connection whose other machine is gone without a word."""
-    if sock is None or sock.family == socket.AF_UNIX:
+def _set_options(sock: socket.socket | None) -> None:
+    """Give a local connection room for a large frame; have the kernel end a TCP connection whose other machine is gone
+    without a word."""
+    if sock is None:
+        return
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (

@@ -298,6 +298,7 @@ class ClientConnection(FrameConnection):
         if self.closing or self.queued_bytes() >= self._max_queue_bytes:
             return False
         self.write_frame(0, ONE_WAY, frame)
+        self.flush()  # a sender has gathered what belongs together, and its own disk works while this travels
         return True
 
     def end(self, reason: str) -> None:

@@ -269,7 +269,7 @@ class ServerConnection(FrameConnection):
         if self._peer_reads:
             self._go_on()
 
-    async def _answer(self, call_id: int, payload: bytes) -> None:
+    async def _answer(self, call_id: int, payload: bytes | memoryview) -> None:
         try:
             message = decode(payload)
             del payload  # a request may wait for long, and has its bytes by now

@@ -13,6 +13,8 @@ from ..messages import MAX_FRAME_BYTES
 
 HEADER = struct.Struct("<IQB")
 
+_VIEW_BYTES = 64 << 10  # a larger payload is not copied before it is decoded
+
 REQUEST, REPLY, ONE_WAY = 0, 1, 2
 """What a frame is. A one-way frame has call id 0 and is not answered."""
 
@@ -34,9 +36,9 @@ class FrameParser:
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_frame_bytes = max_frame_bytes
-        self._buffer = b""  # parsed up to `_at`
+        self._buffer: bytes | bytearray = b""  # parsed up to `_at`; it never changes
         self._at = 0
-        self._tail = bytearray()  # pieces after `_buffer`, joined once a whole frame is there
+        self._tail = bytearray()  # an incomplete frame and what came after it: the next `_buffer`
         self._wanted = HEADER.size  # bytes after `_at` without which there is nothing to parse
 
     @property
@@ -46,19 +48,23 @@ class FrameParser:
 
     def feed(self, data: bytes) -> None:
         """Append a piece of the stream."""
-        if self._at == len(self._buffer) and not self._tail:
-            self._buffer, self._at = data, 0
-        else:
-            self._tail += data
+        if not self._tail:
+            if self._at == len(self._buffer):
+                self._buffer, self._at = data, 0
+                return
+            self._tail += memoryview(self._buffer)[self._at :]
+            self._buffer, self._at = b"", 0
+        self._tail += data
 
-    def next(self) -> tuple[int, int, bytes] | None:
-        """The next frame as (call id, kind, payload), None until it is complete. Raises FrameError."""
+    def next(self) -> tuple[int, int, bytes | memoryview] | None:
+        """The next frame as (call id, kind, payload), None until it is complete. Raises FrameError.
+
+        A large payload is a view, which keeps what it was received with in memory.
+        """
         if self.held_bytes < self._wanted:
             return None
         if self._tail:
-            self._buffer = b"".join((memoryview(self._buffer)[self._at :], self._tail))
-            self._at = 0
-            self._tail = bytearray()
+            self._buffer, self._at, self._tail = self._tail, 0, bytearray()
         length, call_id, kind = HEADER.unpack_from(self._buffer, self._at)
         if kind > ONE_WAY or (call_id == 0) != (kind == ONE_WAY):
             raise FrameError("malformed_frames", f"malformed frame header (kind {kind}, call id {call_id})")
@@ -70,4 +76,5 @@ class FrameParser:
             return None
         self._wanted = HEADER.size
         self._at = start + length
-        return call_id, kind, self._buffer[start : self._at]
+        payload = memoryview(self._buffer)[start : self._at]
+        return call_id, kind, payload if length >= _VIEW_BYTES else bytes(payload)

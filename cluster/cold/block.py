@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import Corrupt, InvalidRequest
-from ..keys import item_key, item_keys_timestamps
+from ..keys import item_key, item_keys, item_keys_timestamps
 from .link import FORMAT, Block
 
 SCHEMA = pa.schema(
@@ -291,27 +291,32 @@ class DecodedBlock:
             first = bisect_left(range(self.rows), low, lo=first, hi=last, key=self._key_at)
         if limit:
             first = max(first, last - limit)
-        backwards = range(last - 1, first - 1, -1)
         return (
-            [self._key_at(at) for at in backwards],
-            [self._value_at(at) for at in backwards],
+            self._keys_of(first, last)[::-1],
+            self._value_at.part(first, last)[::-1],
             self._versions[first:last][::-1].tolist(),
             self._written[first:last][::-1].tolist(),
         )
 
     def all_rows(self) -> Rows:
         """All rows, in their order: by owner, then oldest first."""
-        everything = range(self.rows)
         return Rows(
-            [self._owner_at(at) for at in everything],
-            [self._key_at(at) for at in everything],
-            [self._value_at(at) for at in everything],
+            self._owner_at.part(0, self.rows),
+            self._keys_of(0, self.rows),
+            self._value_at.part(0, self.rows),
             self._versions.tolist(),
             self._written.tolist(),
         )
 
     def _key_at(self, at: int) -> bytes:
         return item_key(int(self._timestamps[at]), self._id_at(at))
+
+    def _keys_of(self, first: int, last: int) -> list[bytes]:
+        """Item keys of rows first .. last-1."""
+        timestamps = self._timestamps[first:last]
+        if self._id_at.has_data(first, last):
+            return list(map(item_key, timestamps.tolist(), self._id_at.part(first, last)))
+        return item_keys(timestamps)
 
 
 class _Binary:
@@ -330,6 +335,17 @@ class _Binary:
 
     def __call__(self, at: int) -> bytes:
         return bytes(self._data[self._offsets[at] : self._offsets[at + 1]])
+
+    def has_data(self, first: int, last: int) -> bool:
+        """Whether any of the elements first .. last-1 has a byte."""
+        return bool(self._offsets[last] > self._offsets[first])
+
+    def part(self, first: int, last: int) -> list[bytes]:
+        """Elements first .. last-1."""
+        start = self._offsets[first]
+        data = bytes(self._data[start : self._offsets[last]])
+        ends = (self._offsets[first : last + 1] - start).tolist()
+        return [data[low:high] for low, high in itertools.pairwise(ends)]
 
 
 def read_index(source: Any) -> FileIndex:

@@ -13,6 +13,7 @@ import errno
 import re
 import threading
 import time
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ class ColdStore:
         self._lock = threading.Lock()  # guards the two dicts
         self._writing = threading.Lock()  # one writer at a time: pieces of a file come in order
         self._files: dict[str, StoredFile] = {}
+        self._names: list[str] = []  # of them, in order
+        self._bytes = 0
         self._parts: dict[str, _Part] = {}
         for disk in range(disks):
             with self._errors(f"open disk-{disk}"):
@@ -105,7 +108,7 @@ class ColdStore:
                 self._system.remove(place / name)
             elif _NAME.fullmatch(name) and name not in self._files:
                 facts = self._system.facts(place / name)
-                self._files[name] = StoredFile(disk, facts.size, facts.modified_ns / 1e9)
+                self._note(name, StoredFile(disk, facts.size, facts.modified_ns / 1e9))
 
     # ------------------------------------------------------------ writing
 
@@ -192,7 +195,7 @@ class ColdStore:
         self._system.rename(source, path)
         self._system.sync_folder(path.parent)
         with self._lock:
-            self._files[file] = StoredFile(part.disk, part.size, self._system.facts(path).modified_ns / 1e9)
+            self._note(file, StoredFile(part.disk, part.size, self._system.facts(path).modified_ns / 1e9))
 
     def _drop_part(self, file: str) -> None:
         part = self._parts.pop(file, None)
@@ -252,7 +255,8 @@ class ColdStore:
     def list_files(self, cursor: str = "", limit: int = LIST_PAGE) -> tuple[list[FileEntry], bool]:
         """Files whose names come after `cursor`, by name, and whether there are more."""
         with self._lock:
-            names = sorted(name for name in self._files if name > cursor)
+            at = bisect_right(self._names, cursor)
+            names = self._names[at : at + limit + 1]
             page = [(name, self._files[name]) for name in names[:limit]]
         now = self._wall_s()
         entries = [FileEntry(name, stored.size, max(0, int(now - stored.modified))) for name, stored in page]
@@ -261,7 +265,22 @@ class ColdStore:
     def totals(self) -> tuple[int, int]:
         """Number of files, and their bytes."""
         with self._lock:
-            return len(self._files), sum(stored.size for stored in self._files.values())
+            return len(self._files), self._bytes
+
+    def _note(self, name: str, stored: StoredFile) -> None:
+        """A file is there. Under the lock, or before anybody else knows of this object."""
+        self._forget(name)
+        self._files[name] = stored
+        self._bytes += stored.size
+        insort(self._names, name)
+
+    def _forget(self, name: str) -> StoredFile | None:
+        """A file is there no more; what it was, if it was there. Under the lock."""
+        stored = self._files.pop(name, None)
+        if stored is not None:
+            self._bytes -= stored.size
+            del self._names[bisect_left(self._names, name)]
+        return stored
 
     # ------------------------------------------------------------ removing and restoring
 
@@ -270,7 +289,7 @@ class ColdStore:
         check_name(file)
         with self._writing, self._errors(f"remove {file}"):
             with self._lock:
-                stored = self._files.pop(file, None)
+                stored = self._forget(file)
             if stored is None:
                 return False
             path = self._path(file, stored.disk)

@@ -31,7 +31,18 @@ from ..messages import (
     Value,
 )
 from .core import Core, Timeline, value_bytes
-from .rows import chore_key, decode_record, decode_row, encode_record, encode_row, log_key, record_of, row_key
+from .rows import (
+    VERSION_BYTES,
+    chore_key,
+    decode_record,
+    decode_row,
+    encode_record,
+    encode_row,
+    log_key,
+    record_of,
+    row_key,
+    rows_prefix,
+)
 from .versions import is_horizon
 
 FIRST_INCARNATION = 1
@@ -146,15 +157,17 @@ class Acceptor:
         record = encode_record(facts)
         engine.put(log_key(key, entry), record)
         open_bytes = len(record)
+        prefix, version = rows_prefix(key), entry.to_bytes(VERSION_BYTES, "big")
         for kind, item, content in zip(value.kinds, value.keys, value.values, strict=True):
             if kind != WIPE:
-                engine.put(row_key(key, item, entry), encode_row(value.written, kind, content))
+                engine.put(prefix + item + version, encode_row(value.written, kind, content))
                 open_bytes += len(content)
         if is_system(key) or WIPE in value.kinds:
             engine.put(chore_key(key, entry), b"")
         timeline.record, timeline.open_bytes = facts, open_bytes
         if entry == 1:
             self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
+        self.core.quiet.note(key, value)
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:

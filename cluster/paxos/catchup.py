@@ -234,6 +234,7 @@ class CatchUp:
             engine.delete(name)
         for name, row in incoming.rows:
             engine.put(prefix + name, row)
+        self.core.quiet.forget(key)
         ids = {incoming.version: [], **dict(incoming.request_ids)}
         if stays and timeline.log_low > incoming.version + 1:
             ids = {}  # the own log begins later: it would have a gap

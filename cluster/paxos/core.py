@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from ..messages import NO_BALLOT, NO_LIFE, WIPE, Accept, Ballot, Life, Message, 
 from ..storage.engine import Engine
 from ..storage.version_cache import VersionCache
 from .journal import Journal
+from .quiet import Quiet
 from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
 from .versions import NOT_NOTED, Versions
 
@@ -306,6 +307,7 @@ class Core:
         self._with_ids: OrderedDict[bytes, Timeline] = OrderedDict()  # whose ids are in memory, last used last
         self._ids_held = 0
         self.journal = Journal(self)
+        self.quiet = Quiet(self)
         engine.before_commit = self._before_commit
 
     def incarnations(self) -> list[int]:
@@ -458,6 +460,46 @@ class Core:
             raise InvalidRequest(f"timeline {key!r} is of another group")
         return self.timeline(key)
 
+    def load(self, keys: Sequence[bytes]) -> None:
+        """Take timelines into memory before a step works on them, those that can be and are of this group.
+
+        One by one, each would have the engine commit what the step has written so far, and read. Of a timeline with
+        any state there is a mark, or the record of its first entry: the many that have neither are new.
+        """
+        absent = [key for key in dict.fromkeys(keys) if key not in self._timelines]
+        if len(absent) < 2:
+            return
+        rows = self.engine.get_many([name for key in absent for name in (meta_key(key), log_key(key, 1))])
+        marked: list[tuple[bytes, bytes]] = []
+        for key, mark, first in zip(absent, rows[::2], rows[1::2], strict=True):
+            try:
+                if int.from_bytes(key[:4], "big") not in self.owned or not is_placed_right(key, self.buckets):
+                    continue
+            except InvalidRequest:
+                continue  # who works on it is told
+            if mark is not None:
+                marked.append((key, mark))
+            elif first is not None:
+                self._timelines[key] = self._load(key)
+            else:
+                timeline = self._timelines[key] = Timeline(key, Meta(), self.versions.digest(key))
+                self.versions.changed.append(timeline)
+        self._load_marked(marked)
+
+    def _load_marked(self, marked: Sequence[tuple[bytes, bytes]]) -> None:
+        """Take timelines into memory, of which the marks were read: the records behind most of them are two at most,
+        which are asked for by name, since opening a scan for each would cost ten times as much."""
+        chosen = [Meta.decode(mark).chosen for _, mark in marked]
+        names = [log_key(key, at + n) for (key, _), at in zip(marked, chosen, strict=True) for n in range(3)]
+        records = self.engine.get_many(names)
+        for number, ((key, mark), at) in enumerate(zip(marked, chosen, strict=True)):
+            last, following, one_more = records[3 * number : 3 * number + 3]
+            if one_more is not None or (last is None and following is not None):
+                self._timelines[key] = self._load(key)  # the mark lags behind
+                continue
+            found = [(at + n, record) for n, record in enumerate((last, following)) if record is not None]
+            self._timelines[key] = self._from_rows(key, mark, found)
+
     def holds(self, key: bytes) -> bool:
         """Whether a timeline is in memory."""
         return key in self._timelines
@@ -468,10 +510,15 @@ class Core:
 
     def _load(self, key: bytes) -> Timeline:
         row = self.engine.get(meta_key(key))
+        low = Meta.decode(row).chosen if row is not None else 0
+        rows = self.engine.scan(log_key(key, low), log_key(key, MAX_ENTRY))
+        return self._from_rows(key, row, ((log_entry(name), encoded) for name, encoded in rows))
+
+    def _from_rows(self, key: bytes, row: bytes | None, records: Iterable[tuple[int, bytes]]) -> Timeline:
+        """A timeline by its mark and the log records from the marked entry on, by number."""
         meta = Meta.decode(row) if row is not None else Meta()
         timeline = Timeline(key, meta, self.versions.digest(key))
-        for log_row, encoded in self.engine.scan(log_key(key, meta.chosen), log_key(key, MAX_ENTRY)):
-            entry = log_entry(log_row)
+        for entry, encoded in records:
             record = decode_record(encoded)
             if timeline.record is not None:
                 self._apply_loaded(timeline)
@@ -481,6 +528,7 @@ class Core:
             else:
                 timeline.origin, timeline.ballot = record.origin, record.ballot
         if timeline.record is not None and self.versions.proves(timeline):
+            # The life before had learnt that it is chosen; the mark that said so is lost.
             self._apply_loaded(timeline)
             self.unmarked[key] = timeline
         if meta.promised_entry == timeline.chosen + 1:
@@ -545,6 +593,8 @@ class Core:
         if timeline.ids is None:
             timeline.ids = {}
             self._with_ids[timeline.key] = timeline
+            if not timeline.chosen:
+                return timeline.ids
             low = max(timeline.log_low, timeline.chosen - self.settings.request_id_entries + 1, 1)
             high = log_key(timeline.key, timeline.chosen + 1)
             for log_row, encoded in self.engine.scan(log_key(timeline.key, low), high):

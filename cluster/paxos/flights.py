@@ -39,7 +39,7 @@ from ..messages import (
     unpack_u32,
 )
 from .acceptor import Acceptor
-from .core import FLIGHT, Core, Proposal, Timeline
+from .core import FLIGHT, MAX_ENTRY, Core, Proposal, Timeline
 
 MAX_FLIGHTS = 1_024
 MAX_ENTRIES_KEPT = 50_000  # of flights that are decided, or that peers have sent: 5 MB
@@ -54,11 +54,15 @@ the phase is FLIGHT and the entry its number."""
 class Flight:
     """Entries of one step. `votes`: of replicas that have accepted all of them, with the incarnation that gave each.
 
-    `mixed`: some entries have votes of their own, which count together with these.
+    `message`: as it was sent, to be repeated word for word, since a proposal may go on with a higher ballot and another
+    value. `open`: entries that are still under way with it. `mixed`: some have votes of their own, which count together
+    with these.
     """
 
     number: int
     members: list[tuple[Timeline, Proposal]]
+    message: Accepts
+    open: int
     votes: dict[int, int] = field(default_factory=dict)
     mixed: bool = False
 
@@ -123,29 +127,34 @@ class Departures:
         self.core.wake_at(proposal.due, timeline)
         return [(batch, timeline.key, proposal.entry, proposal.ballot, proposal.phase)]
 
-    def _send_flight(
-        self, members: list[tuple[Timeline, Proposal]], before: Ballot, batch: int, after: int
-    ) -> OwnVote:
+    def _send_flight(self, members: list[tuple[Timeline, Proposal]], before: Ballot, batch: int, after: int) -> OwnVote:
         self._number += 1
-        flight = self._flights[self._number] = Flight(self._number, members)
+        message = self._message(members, before)
+        flight = self._flights[self._number] = Flight(self._number, members, message, len(members))
         if len(self._flights) > MAX_FLIGHTS:
-            self._flights.popitem(last=False)  # its entries are repeated one by one
+            self._flights.popitem(last=False)[1].mixed = True  # its entries are repeated one by one
         for _, proposal in members:
             proposal.flight = flight
         timelines = [timeline for timeline, _ in members]
         self.core.wake_all_at(min([proposal.due for _, proposal in members]), timelines)
-        self.core.broadcast(self._message(flight, before), after)
+        self.core.broadcast(message, after)
         self.core.counters.add("flights")
         return batch, b"", flight.number, members[0][1].ballot, FLIGHT
 
-    def _message(self, flight: Flight, before: Ballot) -> Accepts:
-        values = [proposal.value for _, proposal in flight.members if proposal.value is not None]
+    def send_again(self, flight: Flight, peer: int) -> None:
+        """Repeat a flight to one peer."""
+        first_of_all = flight.members[0][1].entry == 1
+        after = max([timeline.dirty for timeline, _ in flight.members]) if first_of_all else 0
+        self.core.send(peer, flight.message, after)
+
+    def _message(self, members: list[tuple[Timeline, Proposal]], before: Ballot) -> Accepts:
+        values = [proposal.value for _, proposal in members if proposal.value is not None]
         return Accepts(
-            flight.number,
+            self._number,
             self.core.life,
             before,
-            [timeline.key for timeline, _ in flight.members],
-            pack_i64([proposal.entry for _, proposal in flight.members]),
+            [timeline.key for timeline, _ in members],
+            pack_i64([proposal.entry for _, proposal in members]),
             pack_i64([value.written for value in values]),
             pack_u32([len(value.request_ids) for value in values]),
             b"".join([request_id for value in values for request_id in value.request_ids]),
@@ -158,6 +167,14 @@ class Departures:
     def find(self, number: int) -> Flight | None:
         """A flight that is not decided."""
         return self._flights.get(number)
+
+    def leave(self, proposal: Proposal) -> None:
+        """A proposal ends, or goes on by itself. A flight that all have left holds no values any longer."""
+        flight, proposal.flight = proposal.flight, None
+        if flight is not None:
+            flight.open -= 1
+            if not flight.open:
+                self._flights.pop(flight.number, None)
 
     def decide(self, flight: Flight) -> None:
         """A majority has accepted the whole flight. What was in it is remembered for a while, for `Unheard`."""
@@ -188,6 +205,7 @@ class Arrivals:
         core, acceptor = self.core, self.acceptor
         ballot, before, life = (0, message.life), message.before, message.life
         entries = unpack_i64(message.entries)
+        core.load(message.timelines)
         others: list[int] = []
         after = 0
         for index, (key, entry, value) in enumerate(zip(message.timelines, entries, values_of(message), strict=True)):
@@ -199,9 +217,12 @@ class Arrivals:
                 continue
             if timeline.accepted == before != NO_BALLOT and entry == timeline.chosen + 2:
                 acceptor.choose(timeline)
-            nothing_against = timeline.promised == NO_BALLOT == timeline.accepted and entry == timeline.chosen + 1
+            is_next = entry == timeline.chosen + 1
+            nothing_against = is_next and timeline.promised == NO_BALLOT == timeline.accepted
             if nothing_against and acceptor.claim_holds(timeline, entry, ballot, life):
                 after = acceptor.accept(timeline, ballot, value)
+            elif is_next and timeline.accepted == ballot and not timeline.learned:
+                after = max(after, timeline.dirty)  # the flight was repeated
             else:
                 others.append(index)
                 acceptor.on_accept(timeline, sender, Accept(key, entry, ballot, before, value), now)
@@ -248,8 +269,10 @@ def values_of(message: Accepts) -> Iterator[Value]:
 
 
 def is_sound(message: Accepts) -> bool:
-    """Whether the columns of a message fit one another."""
+    """Whether the columns of a message fit one another, and its life can be one."""
     count = len(message.timelines)
+    if min(message.life) < 0 or max(message.life) >= MAX_ENTRY:
+        return False
     if not 8 * count == len(message.entries) == len(message.written):
         return False
     if not 4 * count == len(message.id_counts) == len(message.counts):

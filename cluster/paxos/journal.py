@@ -101,7 +101,12 @@ class Journal:
     def marked(self) -> None:
         """All that was chosen up to here is marked in the pending batch."""
         self._marks += 1
-        if self._marks % MARKS_PER_GENERATION == 0 and self._unread is None:
+        if self._marks % MARKS_PER_GENERATION == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        """End the generation, and note that everything up to the last row is marked: a start need not read it back."""
+        if self._unread is None:
             self._noted.clear()
             # Not the row that is about to be written: what is still to come in this batch is named in it, too.
             if self._last != self._facts.settled:

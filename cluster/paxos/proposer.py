@@ -28,19 +28,14 @@ from ..messages import (
     Accepted,
     AcceptedAll,
     Ballot,
-    Chosen,
-    ChosenAll,
     Nack,
-    PeerMessage,
     Prepare,
     Promise,
-    Settled,
     Value,
-    Written,
-    pack_i64,
     unpack_u32,
 )
 from .acceptor import FIRST_INCARNATION, Acceptor
+from .answers import NOBODY, Answers
 from .core import (
     ACCEPT,
     BACKOFF,
@@ -55,25 +50,21 @@ from .core import (
     Waiter,
 )
 from .flights import Departures, Flight, OwnVote
+from .telling import Telling
 
 MAX_IDS_PER_ENTRY = 256
 QUIET_SETTLE_S = 2.0
-NOBODY = -1  # token of a job that nobody waits for
 
 
-class Proposer:
+class Proposer(Answers):
     """Proposer of all timelines of one replica."""
 
     def __init__(self, core: Core, acceptor: Acceptor) -> None:
-        self.core = core
+        super().__init__(core)
         self.acceptor = acceptor
-        self.queued = 0
-        self.queued_bytes = 0
         self.departures = Departures(core)
+        self.telling = Telling(core)
         self._own_votes: list[OwnVote] = []
-        self._untold: dict[bytes, tuple[int, Ballot]] = {}  # chosen here, peers not told yet
-        self._untold_flights: list[int] = []
-        self._tell_at: float | None = None
 
     # ---- requests
 
@@ -96,10 +87,6 @@ class Proposer:
             self.start(timeline, now)
         if timeline.proposal is None or waiter.deadline < timeline.proposal.due:
             self.core.wake_at(waiter.deadline, timeline)  # else its proposal's timer comes first
-
-    def refuse(self, waiter: Waiter, outcome: int) -> None:
-        """Answer a request that can't be taken."""
-        self._answer(waiter, outcome, 0, 0)
 
     def settle(self, timeline: Timeline, waiter: SettleWaiter, now: float) -> None:
         """Find out whether an entry was chosen, for a reader that can't tell from versions alone."""
@@ -149,7 +136,7 @@ class Proposer:
         number = max(timeline.promised[0], timeline.accepted[0], proposal.ballot[0], 0) + 1
         proposal.ballot = (number, self.core.life)
         proposal.phase = PREPARE
-        proposal.flight = None
+        self.departures.leave(proposal)
         proposal.promises.clear()
         proposal.votes.clear()
         proposal.resends = 0
@@ -176,9 +163,9 @@ class Proposer:
             if waiter is not None:
                 waiter.sent = True
         batch = self.acceptor.accept(timeline, proposal.ballot, value)
-        self._untold.pop(timeline.key, None)  # `before` in the Accept tells peers that the entry before was chosen
+        self.telling.forget(timeline.key)  # `before` in the Accept tells peers that the entry before was chosen
         if proposal.ballot[0] == 0:
-            proposal.due = now + self.core.settings.accept_timeout_s
+            proposal.due = now + self._pause_s(proposal)
             self.departures.add(timeline, proposal, batch)
             return
         self._own_votes.append((batch, timeline.key, proposal.entry, proposal.ballot, ACCEPT))
@@ -193,10 +180,12 @@ class Proposer:
         assert proposal.value is not None
         return Accept(timeline.key, proposal.entry, proposal.ballot, timeline.ballot, proposal.value)
 
-    def _set_due(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
+    def _pause_s(self, proposal: Proposal) -> float:
         settings = self.core.settings
-        pause = min(settings.accept_timeout_s * (1 << min(proposal.resends, 8)), settings.resend_max_s)
-        proposal.due = now + pause
+        return min(settings.accept_timeout_s * (1 << min(proposal.resends, 8)), settings.resend_max_s)
+
+    def _set_due(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
+        proposal.due = now + self._pause_s(proposal)
         self.core.wake_at(proposal.due, timeline)
 
     # ---- answers of peers
@@ -242,8 +231,7 @@ class Proposer:
             proposal.flight.mixed = True
         if len(self._current(self._votes_of(proposal))) < self.core.majority:
             return
-        self._untold[timeline.key] = (proposal.entry, proposal.ballot)
-        self._plan_telling(now)
+        self.telling.note_entry(timeline.key, proposal.entry, proposal.ballot, now)
         self._choose(timeline, proposal)
 
     @staticmethod
@@ -256,10 +244,6 @@ class Proposer:
             assert proposal.value is not None
             self.acceptor.accept(timeline, proposal.ballot, proposal.value)
         self.acceptor.choose(timeline)
-
-    def _plan_telling(self, now: float) -> None:
-        if self._tell_at is None:
-            self._tell_at = now + self.core.settings.chosen_delay_s
 
     def on_accepted_all(self, sender: int, incarnation: int, message: AcceptedAll, now: float) -> None:
         """Count a vote for all entries of a flight, or for all but some, whose answers come by themselves."""
@@ -281,8 +265,7 @@ class Proposer:
         chosen = len(self._current(flight.votes)) >= self.core.majority
         if chosen:
             self.departures.decide(flight)
-            self._untold_flights.append(flight.number)
-            self._plan_telling(now)
+            self.telling.note_flight(flight.number, now)
         elif not flight.mixed:
             return
         for timeline, proposal in flight.members:
@@ -307,7 +290,7 @@ class Proposer:
         settings = self.core.settings
         timeline.backoff_s = min(max(timeline.backoff_s * 2, settings.backoff_s), settings.backoff_max_s)
         proposal.phase = BACKOFF
-        proposal.flight = None
+        self.departures.leave(proposal)
         proposal.attempts += 1
         proposal.ballot = (max(proposal.ballot[0], against[0]), self.core.life)
         proposal.due = now + self.core.rng.uniform(0, timeline.backoff_s)
@@ -376,26 +359,11 @@ class Proposer:
                     lost = timeline.waiting.get(request_id)
                     if lost is not None:
                         lost.sent = False  # the entry went to another value, so this attempt is surely not applied
+            self.departures.leave(proposal)
             timeline.proposal = None
             timeline.backoff_s /= 2
         if timeline.proposal is None and (timeline.waiting or timeline.settles):
             self.core.wake_at(now, timeline)
-
-    def tell_chosen(self, now: float, *, force: bool = False) -> None:
-        """Tell peers what was chosen, when the delay is over or when a message leaves for them anyway."""
-        if self._tell_at is None or not (force or now >= self._tell_at):
-            return
-        told: list[PeerMessage] = [Chosen(key, entry, ballot) for key, (entry, ballot) in self._untold.items()]
-        told += [ChosenAll(number, self.core.life) for number in self._untold_flights]
-        # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
-        self.core.messages[:0] = [(0, peer, message) for message in told for peer in self.core.peers]
-        self._untold.clear()
-        self._untold_flights.clear()
-        self._tell_at = None
-
-    def next_due(self) -> float | None:
-        """When `tell_chosen` has something to do."""
-        return self._tell_at
 
     # ---- time
 
@@ -423,6 +391,7 @@ class Proposer:
             return
         if not (timeline.waiting or timeline.settles):
             # Nobody waits any more. What was accepted stays; a later read or write settles it.
+            self.departures.leave(proposal)
             timeline.proposal = None
             return
         if now < proposal.due:
@@ -437,6 +406,9 @@ class Proposer:
 
     def _resend(self, timeline: Timeline, proposal: Proposal, now: float) -> None:
         """Repeat the open question, at the same ballot, to the peers that have not answered it."""
+        if proposal.flight is not None and not proposal.flight.mixed:
+            self._resend_flight(proposal.flight, now)
+            return
         proposal.resends += 1
         self.core.counters.add("resends")
         again = (
@@ -450,6 +422,19 @@ class Proposer:
             if peer not in answered:
                 self.core.send(peer, again, timeline.dirty if first_of_all else 0)
         self._set_due(timeline, proposal, now)
+
+    def _resend_flight(self, flight: Flight, now: float) -> None:
+        """The same for all entries of a flight, none of which has an answer of its own."""
+        self.core.counters.add("resends")
+        answered = self._current(flight.votes)
+        for peer in self.core.peers:
+            if peer not in answered:
+                self.departures.send_again(flight, peer)
+        waiting = [(t, proposal) for t, proposal in flight.members if t.proposal is proposal]
+        for _, proposal in waiting:
+            proposal.resends += 1
+            proposal.due = now + self._pause_s(proposal)
+        self.core.wake_all_at(min([proposal.due for _, proposal in waiting]), [timeline for timeline, _ in waiting])
 
     # ---- forming a value
 
@@ -517,27 +502,6 @@ class Proposer:
             timeline.asked_until = 0.0  # this question goes to every peer
             self.acceptor.fetch(timeline, peer, now)
         self.core.wake_at(proposal.due, timeline)
-
-    # ---- answering
-
-    def _drop(self, timeline: Timeline, waiter: Waiter, outcome: int, version: int) -> None:
-        del timeline.waiting[waiter.request_id]
-        self.queued -= 1
-        self.queued_bytes -= waiter.size
-        self._answer(waiter, outcome, version, timeline.dirty if outcome in (OK, CONFLICT, STALE) else 0)
-
-    def _answer(self, waiter: Waiter, outcome: int, version: int, after: int) -> None:
-        for job, index in waiter.jobs:
-            self._finish(job, index, outcome, version, after)
-
-    def _finish(self, job: Job, index: int, outcome: int, version: int, after: int) -> None:
-        job.outcomes[index] = outcome
-        job.versions[index] = version
-        job.after = max(job.after, after)
-        job.open -= 1
-        if job.open == 0 and job.token != NOBODY:
-            answer = (Settled if job.settle else Written)(bytes(job.outcomes), pack_i64(job.versions))
-            self.core.reply(job.token, answer, job.after)
 
 
 def _merge(waiters: list[Waiter]) -> tuple[bytes, list[bytes], list[bytes]]:

@@ -146,6 +146,7 @@ class Reads:
                 chosen.append(version)
                 continue
             timeline = self.core.timeline(key)
+            self.core.versions.missed(timeline)
             chosen.append(timeline.chosen)
             if timeline.accepted != NO_BALLOT:
                 opens.append(_open(index, timeline))
@@ -182,6 +183,7 @@ class Reads:
         proofs = {known.index: known for known in message.known}
         for index, key in enumerate(message.timelines):
             timeline = self.core.timeline(key)
+            self.core.versions.missed(timeline)
             proof = proofs.get(index)
             if (
                 proof is not None

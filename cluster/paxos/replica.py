@@ -201,6 +201,7 @@ class Replica:
         ):
             self.core.reply(token, Written(bytes((INVALID,)) * count, pack_i64([0] * count)))
             return
+        self.core.load(message.timelines)
         job = Job(token, bytearray(count), [0] * count, count)
         deadline = now + min(message.timeout_ms, MAX_TIMEOUT_MS) / 1000
         start = 0
@@ -387,6 +388,7 @@ class Replica:
             self._join(now)
         if self.state not in (VOTING, LEARNING):
             return
+        self.core.load([message.timeline for message in batch.messages if isinstance(message, SingleMessage)])
         for message in batch.messages:
             if self.state == LEARNING and not isinstance(message, Entries | State):
                 continue
@@ -479,7 +481,7 @@ class Replica:
         self._join(now)
         for timeline in self.core.due(now):
             self.proposer.wake(timeline, now)
-        self.proposer.tell_chosen(now)
+        self.proposer.telling.send(now)
         if self.core.unmarked and self._mark_at is None:
             self._mark_at = now + self.core.settings.mark_delay_s
         elif self._mark_at is not None and now >= self._mark_at:
@@ -492,7 +494,7 @@ class Replica:
 
     def next_due(self) -> float:
         """When `tick` has something to do next (monotonic seconds)."""
-        times = [self._hello_at, self.core.next_due(), self.proposer.next_due(), self._mark_at]
+        times = [self._hello_at, self.core.next_due(), self.proposer.telling.next_due(), self._mark_at]
         return min(time for time in times if time is not None)
 
     def durable(self, now: float, batch: int) -> None:
@@ -539,7 +541,7 @@ class Replica:
         if self._life_noted_in > core.durable:
             return output  # a peer's life must be on disk before it hears from us
         if core.messages:
-            self.proposer.tell_chosen(now, force=True)
+            self.proposer.telling.send(now, force=True)
         leaving: dict[int, list[PeerMessage]] = {peer: [] for peer in core.peers} if self._hello else {}
         staying = []
         for after, peer, message in core.messages:

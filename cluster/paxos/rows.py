@@ -6,6 +6,7 @@
 | `R timeline item-key version` | written, kind, value | one version of an item; `version` is the entry that wrote it |
 | `M timeline` | `Meta` | promise, and how far the log was known to be chosen when this was written |
 | `C timeline entry` | b"" | a chore (evict, purge) is due once that entry is chosen |
+| `Q bucket table` | two times | what is younger than these has not to be scanned, see `quiet.py` |
 | `J boot number` | timeline keys | which timelines an engine batch changed, see `journal.py` |
 | `N name` | | facts of the replica itself: identity, the greatest life seen of each peer |
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ..cold.link import encode_link
-from ..keys import bucket_prefix, system_timeline, timestamp_floor
+from ..keys import MAX_TIMESTAMP, bucket_prefix, split_item_key, system_timeline, timestamp_floor
 from ..messages import AskTables, Scan, Scanned, Tables, pack_i64, pack_u32
 from .core import Core
 from .links import LinkIndex, TableLinks
@@ -141,22 +141,39 @@ class Scans:
         at = max(b"R" + cursor, prefix)
         limit_bytes = min(message.limit_bytes, MAX_ANSWER_BYTES)
         end = prefix_end(prefix)
+        place, quiet = prefix[1:], self.core.quiet
+        if quiet.covers(place, message.event_before, message.written_before):
+            work.done(_SEEK_ROWS)
+            self.core.counters.add("quiet_buckets")
+            return answer, b""
+        scan = 0 if cursor else quiet.begin(place)
+        oldest = written = MAX_TIMESTAMP
         while True:
             if work.done(_SEEK_ROWS):
                 yield
             row = next(iter(self.core.engine.scan(at, end)), None)
             if row is None:
+                if scan and not answer.timelines:
+                    quiet.end(place, scan, oldest, written)
                 return answer, b""
             key = row[0][1 : len(prefix) + 1 + row[0][len(prefix)]]
+            first = timestamp_in(row[0], key)
+            if first >= message.event_before:  # and so are all of the timeline
+                oldest = min(oldest, first)
+                at = prefix_end(rows_prefix(key))
+                continue
             if answer.timelines and (answer.size >= limit_bytes or work.seen >= ROWS_PER_ANSWER):
                 return answer, key
-            pinned, rows = yield from until_it_holds(_Timeline(self, key, message, work).read)
+            timeline = _Timeline(self, key, message, work)
+            pinned, rows = yield from until_it_holds(timeline.read)
             if pinned.system_version != answer.system_version:  # a link was chosen since the answer began
                 if answer.timelines:
                     return answer, key
                 answer = self._begin(bucket, message.table)
                 continue
             answer.add(pinned, rows)
+            if not answer.timelines:
+                oldest, written = min(oldest, timeline.next_timestamp()), min(written, timeline.written)
             at = prefix_end(rows_prefix(key))
 
 
@@ -179,13 +196,29 @@ class _Work:
 
 
 class _Timeline:
-    """The eligible rows of one timeline."""
+    """The eligible rows of one timeline. `written`: least time at which one that is old enough, and not eligible, was
+    written."""
 
     def __init__(self, scans: Scans, key: bytes, message: Scan, work: _Work) -> None:
         self._core = scans.core
         self._key = key
         self._message = message
         self._work = work
+        self.written = MAX_TIMESTAMP
+
+    def next_timestamp(self) -> int:
+        """Of the oldest item that is too young, MAX_TIMESTAMP without one."""
+        prefix = rows_prefix(self._key)
+        low = prefix + timestamp_floor(self._message.event_before)
+        row = next(iter(self._core.engine.scan(low, prefix_end(prefix))), None)
+        return MAX_TIMESTAMP if row is None else timestamp_in(row[0], self._key)
+
+    def _eligible(self, rows: Iterator[_Row]) -> Iterator[_Row]:
+        for row in rows:
+            if row[2] < self._message.written_before:
+                yield row
+            else:
+                self.written = min(self.written, row[2])
 
     def read(self, whole: bool) -> Slices[tuple[Pinned, list[_Row]] | None]:
         """The rows, oldest item first, and as of when they are; None if that version's rows may be gone."""
@@ -199,10 +232,11 @@ class _Timeline:
         for part in pinned.rows(prefix, prefix + timestamp_floor(message.event_before), whole=whole):
             if part is None:
                 return None
-            found += [row for row in newest.of(part) if row[2] < message.written_before]
+            found += self._eligible(newest.of(part))
             if self._work.done(len(part)) and not whole:
                 yield
-        found += [row for row in newest.last() if row[2] < message.written_before]
+        found += self._eligible(newest.last())
+        self.written = min(self.written, newest.open_written)
         return pinned, found
 
 
@@ -213,11 +247,13 @@ class _Newest:
         self._start = len(prefix)
         self._version = version
         self._known: tuple[bytes, int, bytes] | None = None
+        self.open_written = MAX_TIMESTAMP  # least time at which one of a later version was written
 
     def of(self, rows: list[tuple[bytes, bytes]]) -> Iterator[_Row]:
         for name, row in rows:
             version = version_of(name)
             if version > self._version:
+                self.open_written = min(self.open_written, decode_row(row)[0])
                 continue
             key = name[self._start : -VERSION_BYTES]
             if self._known is not None and self._known[0] != key:
@@ -229,3 +265,8 @@ class _Newest:
             key, version, row = self._known
             yield (key, version, *decode_row(row))
             self._known = None
+
+
+def timestamp_in(name: bytes, timeline: bytes) -> int:
+    """Timestamp of the item in the name of a row."""
+    return split_item_key(name[1 + len(timeline) : -VERSION_BYTES])[0]

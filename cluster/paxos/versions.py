@@ -81,6 +81,11 @@ class Versions:
         if clean:
             self.cache.note(b"".join(clean), np.array(versions, dtype=np.int64))
 
+    def missed(self, timeline: Timeline) -> None:
+        """A timeline was asked for by its key, so the cache may have lost its entry to others: note it again."""
+        timeline.noted = NOT_NOTED
+        self.changed.append(timeline)
+
     def durable(self, batch: int) -> None:
         """All engine batches up to `batch` are on disk."""
         self._durable = max(self._durable, batch)

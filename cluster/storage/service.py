@@ -220,7 +220,13 @@ class StorageService:
         """Nothing that it says waits for the disk, so it leaves before the step ends."""
         replica = self._require_replica()
         replica.require_voting()
-        return replica.reads.same(message)[0]
+        try:
+            return replica.reads.same(message)[0]
+        except TimeTierError:
+            raise
+        except Exception as error:
+            self._break(error)  # entries may have stopped half moved; the next life finds their rows torn
+            raise Unavailable(f"{self.name} failed: {error}") from error
 
     def update(self, topology: Topology) -> None:
         self._routing = Routing(topology)
@@ -270,6 +276,9 @@ class StorageService:
         await asyncio.get_running_loop().run_in_executor(self._flusher, lambda: None)  # a flush under way ends first
         if self._engine is not None:
             try:
+                if replica is not None:
+                    self._engine.commit()
+                    replica.core.journal.settle()
                 self._engine.close()
             except Exception as error:  # on a full disk; what was acknowledged is in the log
                 logger.warning("%s can't close its engine in order: %s", self.name, str(error))
@@ -536,12 +545,11 @@ class StorageService:
             replica.tick(now)
             self._send(replica, now)
             engine.commit()
+            if not self._flushing and replica.waits_for_disk:
+                self._flush(replica, engine)
         except Exception as error:
             self._break(error)
             return
-        if not self._flushing and replica.waits_for_disk:
-            self._flushing = True
-            self._keep(self._flush(replica, engine))
         self._plan_timer(replica)
 
     def _send(self, replica: Replica, now: float) -> None:
@@ -554,24 +562,38 @@ class StorageService:
             batch.full = self._disk.full
             self._carrier.send(self._routing.topology.storage_node(self.group, peer), batch)
 
-    async def _flush(self, replica: Replica, engine: DurableEngine) -> None:
-        loop = asyncio.get_running_loop()
+    def _flush(self, replica: Replica, engine: DurableEngine) -> None:
+        """Have the flusher's thread make durable what was written so far."""
+        self._flushing = True
+        batch, began = engine.commit(), self._now()
+        work = asyncio.get_running_loop().run_in_executor(self._flusher, engine.sync)
+        work.add_done_callback(lambda done: self._flushed(done, replica, engine, batch, began))
+
+    def _flushed(
+        self, done: asyncio.Future[None], replica: Replica, engine: DurableEngine, batch: int, began: float
+    ) -> None:
+        """Go on with what waited for the disk, and flush again at once if something has come to wait meanwhile."""
+        self._flushing = False
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self.counters.add("fsyncs")
+            self.counters.add("fsync_us", int((self._now() - began) * 1e6))
+        if self._replica is not replica:
+            self._plan_pump()
+            return
         try:
-            while self._replica is replica and replica.waits_for_disk:
-                batch = engine.commit()
-                began = self._now()
-                await loop.run_in_executor(self._flusher, engine.sync)
-                self.counters.add("fsyncs")
-                self.counters.add("fsync_us", int((self._now() - began) * 1e6))
-                if self._replica is replica:
-                    replica.durable(self._now(), batch)
-                    self._send(replica, self._now())
-        except Exception as error:
-            if self._replica is replica:
-                self._break(error)
-        finally:
-            self._flushing = False
-        self._plan_pump()
+            if error is not None:
+                raise error
+            replica.durable(self._now(), batch)
+            self._send(replica, self._now())
+            if replica.waits_for_disk:
+                self._flush(replica, engine)
+        except Exception as failed:
+            self._break(failed)
+            return
+        self._plan_timer(replica)
 
     def _plan_timer(self, replica: Replica) -> None:
         loop = asyncio.get_running_loop()

@@ -39,7 +39,6 @@ DIRTY = -1
 DIGEST_BYTES = 16
 HEADER_BYTES = 4096
 ROW_BYTES = 8 + WAYS * (DIGEST_BYTES + 8)
-FEW = 24  # up to so many entries are looked at one by one: array operations begin to pay above that
 
 _MAGIC = b"TTversion\x00\x00\x01"
 _HEADER = struct.Struct("<12sIQQ32sqq")  # magic, ways, rows, seed, owner, life, 1 if whole
@@ -78,6 +77,8 @@ class VersionCache:
 
     `warm`: entries that were taken over from the life before. `entries`: in use.
     """
+
+    few = 24  # up to so many entries are looked at one by one: array operations begin to pay above that
 
     def __init__(self, memory: memoryview | bytearray, owner: Owner) -> None:
         self.rows = rows_in(len(memory))
@@ -134,10 +135,6 @@ class VersionCache:
         self._sequence[torn] = 0
         struct.pack_into("<q", self._memory, _LIFE_AT, owner.life)
 
-    def forget_all(self) -> None:
-        """Have whoever takes this memory over find nothing."""
-        _WHOLE.pack_into(self._memory, _WHOLE_AT, 0)
-
     # ------------------------------------------------------------ batches
 
     def look_up(self, digests: bytes) -> Ints:
@@ -145,7 +142,7 @@ class VersionCache:
         count = len(digests) // DIGEST_BYTES
         if len(digests) % DIGEST_BYTES:
             raise InvalidRequest(f"a column of digests has {len(digests)} bytes: each has {DIGEST_BYTES}")
-        if count <= FEW:
+        if count <= self.few:
             return np.array([self._look_at(*pair) for pair in _pairs(digests)], dtype=np.int64)
         found = self._find(*_halves(digests))
         versions = np.where(found.there, self._flat_versions.take(found.places), DIRTY)
@@ -156,7 +153,7 @@ class VersionCache:
 
     def note(self, digests: bytes, versions: Ints) -> None:
         """The timelines with these digests are at these versions, clean. Of one that comes twice the later counts."""
-        if len(versions) <= FEW:
+        if len(versions) <= self.few:
             for pair, version in zip(_pairs(digests), versions.tolist(), strict=True):
                 self._note_one(*pair, version)
             return
@@ -164,7 +161,7 @@ class VersionCache:
 
     def mark_dirty(self, digests: bytes) -> None:
         """The timelines with these digests are about to change. Who is not here stays away."""
-        if len(digests) <= FEW * DIGEST_BYTES:
+        if len(digests) <= self.few * DIGEST_BYTES:
             for low, high in _pairs(digests):
                 row = self._row_of(low)
                 place = self._place_of(row, low)
@@ -190,7 +187,7 @@ class VersionCache:
         """
         turn, left = self._first_of_each_row(asked.rows, np.arange(len(asked.rows)))
         moving = asked if not len(left) else asked.at(turn)
-        while len(turn) > FEW and len(turn) * 16 > len(left):
+        while len(turn) > self.few and len(turn) * 16 > len(left):
             self._move(moving, None if versions is None else versions[turn])
             if not len(left):
                 return

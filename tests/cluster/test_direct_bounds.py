@@ -113,10 +113,10 @@ def test_peers_that_leave_replies_unread_share_one_bound_and_who_reads_is_spared
             frame = encode(FileList("large"))
             for reader, writer in lazy:
                 reader._transport.pause_reading()  # type: ignore[attr-defined]
-                writer.write(b"".join(HEADER.pack(len(frame), call_id, REQUEST) + frame for call_id in range(1, 13)))
+                writer.write(b"".join(HEADER.pack(len(frame), call_id, REQUEST) + frame for call_id in range(1, 41)))
                 assert isinstance(await good.call(NODE, FileList("large"), 5), BlockBytes)
                 assert server.reply_bytes() <= 20_000_000 + 8 * (server_module.PAUSE_REPLY_BYTES + 500_100)
-            await until(lambda: figure(server, "overload_refusals") >= 1)
+            await until(lambda: figure(server, "overload_refusals") >= 1)  # the system has taken many replies, not all
             assert await good.call(NODE, Ping(), 5) == Pong()
             for _, writer in lazy:
                 writer.transport.abort()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from memory_engine import MemoryEngine
+from counting_engine import CountingEngine
 from replica_group import Group, key_of
 from timetier.cluster.effects import CallFailed, Sleep
 from timetier.cluster.errors import Unavailable
@@ -197,27 +197,6 @@ def test_data_of_a_format_without_a_journal_is_compared_as_a_whole_once() -> Non
     assert compared(group, 0) == 20
     compare(group, 0, 1)
     assert compared(group, 0) == 20
-
-
-class CountingEngine(MemoryEngine):
-    """Counts the rows that were read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows_read = 0
-
-    def get_many(self, keys: Any) -> Any:
-        self.rows_read += len(keys)
-        return super().get_many(keys)
-
-    def get(self, key: bytes) -> bytes | None:
-        self.rows_read += 1
-        return super().get(key)
-
-    def scan(self, low: bytes, high: bytes, *, reverse: bool = False) -> Any:
-        for row in super().scan(low, high, reverse=reverse):
-            self.rows_read += 1
-            yield row
 
 
 def rows_read_at_a_start(count: int) -> int:

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from replica_group import DIGEST_SEED
+from replica_group import DIGEST_SEED, key_of
 from scripted_group import (
     ALICE,
     BUCKET,
@@ -39,6 +39,7 @@ from timetier.cluster.messages import (
     Check,
     Checked,
     Chosen,
+    Failure,
     Prepare,
     Same,
     State,
@@ -171,6 +172,19 @@ def test_what_has_left_memory_is_answered_without_coming_back() -> None:
     assert is_same(group, THIRD, 2)
     assert versions_of(group, THIRD) == (2, False)
     assert not core.holds(ALICE)
+
+
+def test_what_the_cache_has_lost_to_others_is_there_again_after_it_was_asked_for_by_key() -> None:
+    group = Scripted(15)
+    write_entries(group, 2)
+    others = [key_of(f"owner-{number}") for number in range(200)]
+    for start in range(0, 200, 50):
+        group.call(THIRD, AskVersions(others[start : start + 50]))
+    core = group.replica(THIRD).core
+    assert core.holds(ALICE)
+    assert not is_same(group, THIRD, 2), "its row is full of others"
+    assert versions_of(group, THIRD) == (2, False)
+    assert is_same(group, THIRD, 2)
 
 
 def test_a_replica_that_does_not_vote_answers_nothing_and_columns_must_fit() -> None:
@@ -330,6 +344,33 @@ async def others_of(cluster: StorageCluster, number: int, version: int) -> list[
     answer = await cluster.client.call(f"storage-0-{number}", message, 5.0)
     assert isinstance(answer, Same), answer
     return unpack_u32(answer.others)
+
+
+def test_a_node_whose_cache_fails_in_the_middle_of_a_move_begins_another_life_without_that_row(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with SharedCluster(tmp_path) as cluster:
+            item = (item_key(1), b"x")
+            assert await cluster.put(FIRST, ALICE, rid(1), [item]) == (OK, 1)
+            await wait_for(lambda: knows(cluster, FIRST, 1), "the version to be clean")
+            service = cluster.services[FIRST]
+            broken = service._replica
+            assert broken is not None
+            cache = broken.core.versions.cache
+            row = cache._row_of(struct.unpack_from("<Q", broken.core.versions.digest(ALICE))[0])
+
+            def fail(_: bytes) -> None:
+                cache._sequence_of[row] += 1
+                raise MemoryError
+
+            cache.look_up = fail  # type: ignore[assignment, method-assign]
+            message = question(1, seed=digest_seed(cluster.topology.secret))
+            assert isinstance(await cluster.client.call(service.name, message, 5.0), Failure)
+            await wait_for(lambda: service._replica not in (None, broken), "the next life")
+            await cluster.ready()
+            assert not knows(cluster, FIRST, 1)
+            assert service.status()["versions"]["warm"] < cache.entries
+
+    asyncio.run(run())
 
 
 def test_a_node_is_warm_after_it_was_killed_and_empty_after_it_was_wiped(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_batches_do_what_a_plain_lru_does_also_with_two_keys_of_one_row_and_one_
         assert cache._low[number].tolist()[: len(row)] == [low for low, _ in halves]
         assert cache._high[number].tolist()[: len(row)] == [high for _, high in halves]
         assert cache._versions[number].tolist() == [*[version for _, version in row], *[DIRTY] * (WAYS - len(row))]
-    assert not cache._sequence.any() or not (cache._sequence & np.uint64(1)).any()
+    assert not (cache._sequence & np.uint64(1)).any()
 
 
 def test_of_two_digests_with_one_low_half_only_the_last_is_known() -> None:
@@ -181,7 +181,7 @@ def test_memory_of_somebody_else_is_emptied(changed: Owner, why: str) -> None:
 def test_memory_of_another_size_or_format_or_half_emptied_is_emptied() -> None:
     names = digests(60)
     follows = Owner(b"somebody", 2, 1, 7)
-    for spoil in ("size", "format", "half", "forgotten"):
+    for spoil in ("size", "format", "half"):
         memory = memory_of(50)
         cache = VersionCache(memory, OWNER)
         note(cache, names, [1] * 60)
@@ -189,11 +189,8 @@ def test_memory_of_another_size_or_format_or_half_emptied_is_emptied() -> None:
             memory = memory[: HEADER_BYTES + 40 * ROW_BYTES]
         elif spoil == "format":
             memory[11] ^= 1
-        elif spoil == "half":
-            cache._take_over(Owner(b"x", 5, None, 7))
-            struct.pack_into("<q", memory, 72, 0)
         else:
-            cache.forget_all()
+            struct.pack_into("<q", memory, 72, 0)  # as when a process was killed while it emptied it
         assert VersionCache(memory, follows).warm == 0, spoil
 
 

@@ -221,6 +221,15 @@ def test_a_table_that_is_not_configured_can_not_be_verified(shell: Shell) -> Non
     assert_one_error_line(shell.run("verify", "--table", "_none"), 1, "_none", "table")
 
 
+def test_a_cache_node_is_added_and_removed_by_one_command_each(shell: Shell) -> None:
+    found = shell.json("scale", "--cache-nodes", "2")
+    assert (found["state"], found["cache_nodes"], found["added"]) == ("serving", 2, ["cache-0-1"])
+    done = shell.run("scale", "--cache-nodes", "1")
+    assert done.returncode == 0
+    assert b"removed: cache-0-1" in done.stdout
+    assert_one_error_line(shell.run("scale", "--cache-nodes", "0"), 2, "--cache-nodes", "1<=x<=64")
+
+
 def test_starting_it_again_is_a_success(shell: Shell) -> None:
     assert shell.json("up")["state"] == "serving"
 

@@ -65,6 +65,8 @@ _SUMMED = (
     "checked_pages",
     "checked_evictions",
     "checked_answers",
+    "checked_versions",
+    "checked_warm_versions",
     "undecided",
 )
 

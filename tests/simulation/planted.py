@@ -106,7 +106,7 @@ BUGS = [
     _bug(
         "memory behind the engine after a restart",
         "a later record proves that the one before was chosen",
-        ("paxos.core:Core._load", "self._apply_loaded(timeline)", "break"),
+        ("paxos.core:Core._load", "self._apply_loaded(timeline)\n        if entry", "break\n        if entry"),
         scripts=("fsync",),
     ),
     _bug(
@@ -119,6 +119,36 @@ BUGS = [
         ),
         plans="restarts",
         scripts=("fsync",),
+    ),
+    _bug(
+        "version cache ahead of the engine",
+        "a version is clean in the cache when all of it is on disk",
+        ("paxos.versions:Versions.flush", "elif timeline.dirty > self._durable:", "elif False:"),
+    ),
+    _bug(
+        "version cache behind the engine",
+        "an entry of the version cache is marked before the engine is handed what comes after it",
+        ("paxos.versions:Versions.flush", 'self.cache.mark_dirty(b"".join(dirty))', "pass"),
+    ),
+    _bug(
+        "torn row of the version cache taken over",
+        "a row that a crash left in the middle of a move is emptied",
+        (
+            "storage.version_cache:VersionCache._take_over",
+            "np.flatnonzero(self._sequence & np.uint64(1))",
+            "np.flatnonzero(self._sequence & np.uint64(0))",
+        ),
+        plans="restarts",
+    ),
+    _bug(
+        "version cache of another life taken over",
+        "a version cache belongs to the life that follows the one that wrote it, of the same incarnation",
+        (
+            "storage.version_cache:VersionCache._take_over",
+            "if owner.past is None or found != (*head, owner.past, 1):",
+            "if found[:4] != head[:4]:",
+        ),
+        plans="losses",
     ),
     # ---- proposers and acceptors
     _bug(
@@ -210,6 +240,32 @@ BUGS = [
         "rows of a replaced value stay",
         "the rows of an accepted value go when it is replaced",
         ("paxos.acceptor:Acceptor._write_entry", "if old and old not in kept:", "if False:"),
+        plans="duels",
+    ),
+    # ---- flights
+    _bug(
+        "flight answered before fsync",
+        "acceptances of a flight are answered when all of them are on disk",
+        ("paxos.flights:Arrivals.on_accepts", "pack_u32(others)), after)", "pack_u32(others)))"),
+    ),
+    _bug(
+        "flight accepted below a promise",
+        "a promise excludes lower ballots, also of entries that travel with others",
+        (
+            "paxos.flights:Arrivals.on_accepts",
+            "is_next and timeline.promised == NO_BALLOT == timeline.accepted",
+            "is_next and timeline.accepted == NO_BALLOT",
+        ),
+        plans="duels",
+    ),
+    _bug(
+        "vote for a flight counted for all of it",
+        "an answer to a flight says nothing about the entries that it leaves out",
+        (
+            "paxos.proposer:Proposer.on_accepted_all",
+            "others = set(unpack_u32(message.others))",
+            "others: set[int] = set()",
+        ),
         plans="duels",
     ),
     # ---- requests

@@ -60,6 +60,8 @@ class Outcome:
     checked_pages: int = 0
     checked_evictions: int = 0
     checked_answers: int = 0
+    checked_versions: int = 0
+    checked_warm_versions: int = 0
     virtual_s: float = 0.0
     seconds: float = 0.0
     cpu_s: float = 0.0
@@ -170,6 +172,8 @@ class _Run:
         outcome.checked_pages = world.watch.checked_pages
         outcome.checked_evictions = world.watch.checked_evictions
         outcome.checked_answers = world.watch.checked_answers
+        outcome.checked_versions = world.watch.versions.answers
+        outcome.checked_warm_versions = world.watch.versions.finds
         outcome.virtual_s = world.loop.now
         outcome.counters = dict(world.counters)
         outcome.lines = list(world.trace.lines)

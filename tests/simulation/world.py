@@ -35,6 +35,7 @@ from .loop import WORLD, Crashed, Life, SimLoop, io_times
 from .network import SimNetwork, Weather
 from .plan import BASE_US, BUCKETS, TABLE, Plan, stream
 from .trace import Trace, show_timeline
+from .version_memory import SimVersionMemory
 from .watch import Watch, chosen_of, noted_life
 
 CLUSTER = "simulated"
@@ -51,6 +52,7 @@ class Node:
         self.disk = SimDisk(name, stream(world.plan.seed, f"disk of {name}"))
         self.disk.on_crash = lambda what: world.crash(name, what)
         self.cold = ColdFolder(self.disk)
+        self.versions = SimVersionMemory(stream(world.plan.seed, f"memory of {name}"))
         self.random = stream(world.plan.seed, f"node {name}")
         self.life: Life | None = None
         self.service: Any = None
@@ -118,6 +120,7 @@ class World:
         node.life, node.service = None, None
         node.disk.crash_after = None
         node.disk.power_off()
+        node.versions.crash()
         if node.restart_s is not None:
             self.later(node.restart_s, lambda: self.start(name))
             node.restart_s = None
@@ -176,6 +179,7 @@ class World:
             open_engine=open_engine,
             free_bytes=node.disk.free_bytes,
             remove_engine=node.disk.remove_engine,
+            versions=node.versions.of(node.disk, life),
         )
         shape = self.plan.shape
         service._settings = replace(

@@ -1,0 +1,142 @@
+"""The sink does not look again where nothing can be old enough, and misses nothing for that."""
+
+from __future__ import annotations
+
+import pytest
+from counting_engine import CountingEngine
+from replica_group import BUCKETS, Group, key_of
+from timetier.cluster.keys import MAX_TIMESTAMP, item_key, priority
+from timetier.cluster.messages import DELETE, OK, PUT, Scan, Scanned, unpack_u32
+from timetier.cluster.paxos.core import Settings
+from timetier.cluster.paxos.replica import Replica
+
+FOR_EVER = MAX_TIMESTAMP
+
+
+def put(group: Group, timeline: bytes, number: int, timestamp: int, *, seen: int, kind: int = PUT) -> int:
+    """One mutation; the version that it made."""
+    replica = next(replica for replica in priority(timeline, 3) if group.votes(replica))
+    items = [(timestamp, b"", b"" if kind == DELETE else b"v%d" % number)]
+    outcome, version = group.put(replica, timeline, number.to_bytes(16, "big"), items, seen=seen, kinds=bytes((kind,)))
+    assert outcome == OK
+    return version
+
+
+def scan_all(replica: Replica, event_before: int, written_before: int) -> set[tuple[bytes, bytes]]:
+    """(timeline, item key) of all rows that a replica says may sink."""
+    found: set[tuple[bytes, bytes]] = set()
+    bucket, cursor = 0, b""
+    while bucket >= 0:
+        answer, _ = replica.scans.scan(Scan(bucket, b"t", event_before, written_before, cursor, 1 << 20), replica.owned)
+        found |= rows_of(answer)
+        bucket, cursor = answer.next_bucket, answer.next_cursor
+    return found
+
+
+def rows_of(answer: Scanned) -> set[tuple[bytes, bytes]]:
+    keys = iter(answer.keys)
+    counts = unpack_u32(answer.counts)
+    return {(name, next(keys)) for name, count in zip(answer.timelines, counts, strict=True) for _ in range(count)}
+
+
+def rows_read_by_another_scan(timelines: int) -> int:
+    group = Group(1)
+    engine = group.members[0].engine = CountingEngine()
+    group.start(0)
+    group.run_until(lambda: group.votes(0))
+    for number in range(timelines):
+        put(group, key_of(f"owner-{number}"), number, 1_000 + number, seen=0)
+    group.run(0.5)
+    replica = group.replica(0)
+    assert scan_all(replica, 500, FOR_EVER) == set()
+    engine.commit()
+    engine.rows_read = 0
+    assert scan_all(replica, 900, FOR_EVER) == set()
+    return engine.rows_read
+
+
+def test_planning_unchanged_buckets_reads_as_many_rows_however_many_timelines_there_are() -> None:
+    few, many = rows_read_by_another_scan(20), rows_read_by_another_scan(500)
+    assert many <= few + BUCKETS
+
+
+def test_it_is_known_after_a_restart_too() -> None:
+    group = Group(2)
+    engine = group.members[0].engine = CountingEngine()
+    group.start(0)
+    group.run_until(lambda: group.votes(0))
+    for number in range(300):
+        put(group, key_of(f"owner-{number}"), number, 1_000, seen=0)
+    group.run(1.0)
+    scan_all(group.replica(0), 500, FOR_EVER)
+    engine.sync()
+    group.crash(0)
+    group.start(0)
+    group.run_until(lambda: group.votes(0))
+    engine.rows_read = 0
+    assert scan_all(group.replica(0), 600, FOR_EVER) == set()
+    assert engine.rows_read <= 4 * BUCKETS
+
+
+@pytest.mark.parametrize("late", [10, 499, 500, 999])
+def test_a_late_write_into_a_quiet_bucket_is_found(late: int) -> None:
+    group = Group(3)
+    timeline = key_of("alice")
+    put(group, timeline, 1, 1_000, seen=0)
+    group.run(0.1)
+    replica = group.replica(0)
+    assert scan_all(replica, 500, FOR_EVER) == set()
+    put(group, timeline, 2, late, seen=1)
+    group.run(0.1)
+    expected = {(timeline, item_key(late))} if late < 500 else set()
+    assert scan_all(replica, 500, FOR_EVER) == expected
+    assert scan_all(replica, 1_000, FOR_EVER) == {(timeline, item_key(late))}
+
+
+def test_an_item_that_is_old_by_its_time_sinks_when_it_was_written_long_enough_ago() -> None:
+    group = Group(4)
+    timeline = key_of("alice")
+    put(group, timeline, 1, 10, seen=0)
+    group.run(0.1)
+    replica = group.replica(0)
+    now_us = int(group.now * 1e6) + 1_000_000
+    assert scan_all(replica, 500, 1_000) == set(), "written later than that"
+    assert scan_all(replica, 500, 2_000) == set()
+    assert scan_all(replica, 500, now_us) == {(timeline, item_key(10))}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_left_out_is_never_what_a_scan_of_everything_finds(seed: int) -> None:
+    print(f"seed {seed}")
+    group = Group(200 + seed, settings=Settings(chore_rows=3))
+    random = group.random
+    timelines = [key_of(f"owner-{number}") for number in range(12)]
+    versions = dict.fromkeys(timelines, 0)
+    group.loss = 0.1
+    event, written = 100, 0
+    left_out = 0
+    for round_ in range(60):
+        timeline = random.choice(timelines)
+        timestamp = random.choice([random.randrange(event), random.randrange(event, event + 300)])
+        kind = random.choice([PUT, PUT, PUT, DELETE])
+        versions[timeline] = put(group, timeline, round_ + 1, timestamp, seen=versions[timeline], kind=kind)
+        if random.random() < 0.15:
+            number = random.randrange(3)
+            group.crash(number)
+            group.run(random.choice([0.05, 0.7]))
+            group.start(number)
+            group.run_until(lambda: all(group.votes(number) for number in range(3)))
+        group.run(random.choice([0.0, 0.01, 0.2]))
+        if random.random() < 0.5:
+            event += random.randrange(20)
+            now_us = int(group.now * 1e6) + 1_000_000
+            written = random.choice([written, now_us - 500_000, now_us, FOR_EVER])
+            replica = group.replica(random.randrange(3))
+            before = replica.core.counters.totals.get("quiet_buckets", 0)
+            found = scan_all(replica, event, written)
+            left_out += replica.core.counters.totals.get("quiet_buckets", 0) - before
+            known = dict(replica.core.quiet._bounds)
+            replica.core.quiet._bounds.clear()
+            assert scan_all(replica, event, written) == found
+            replica.core.quiet._bounds.update(known)
+    assert left_out > 0
