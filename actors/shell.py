@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,7 +115,7 @@ class NodeActor:
 
     async def call(self, frame: bytes) -> bytes:
         """The Ray carrier: answer one frame (b"" for none). Raises ProtocolError for a malformed one."""
-        return await answer_frame(self._handle, frame)
+        return await answer_frame(partial(_handle, self), frame)
 
     async def settled(self, timeout_s: float) -> dict[str, str]:
         """`state`, `reason`, `cluster_id` as soon as the node serves or surely won't, or after `timeout_s` seconds."""
@@ -242,7 +243,7 @@ class NodeActor:
         ports = [known.tcp_port, 0] if known is not None and known.tcp_port else [0]
         for port in ports:
             server = DirectServer(
-                self._handle,
+                partial(_handle, self),
                 bytes.fromhex(self.topology.secret),
                 name=self.spec.name,
                 unix_path=str(socket_path(self.topology.cluster_id, self.spec.name)),
@@ -276,15 +277,6 @@ class NodeActor:
         await self._router.call("register", msgspec.msgpack.encode(self._address))
 
     # ------------------------------------------------------------ work
-
-    async def _handle(self, message: Message) -> Message | None:
-        if isinstance(message, StatusRequest):
-            return Status(json.dumps(self._status()).encode())
-        if isinstance(message, Ping):
-            return Pong()
-        if self._service is None or self._state == STOPPED:
-            raise Unavailable(f"{self.spec.name} is {self._state}: {self._reason}")
-        return await self._service.handle(message)
 
     def _take(self, topology: Topology) -> None:
         if topology.cluster_id != self.topology.cluster_id:
@@ -347,3 +339,15 @@ class NodeActor:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _handle(node: NodeActor, message: Message) -> Message | None:
+    """A node's front door. Not a method: Ray wraps each method of an actor's class, for tracing, which costs as much as
+    a small answer."""
+    if isinstance(message, StatusRequest):
+        return Status(json.dumps(node._status()).encode())
+    if isinstance(message, Ping):
+        return Pong()
+    if node._service is None or node._state == STOPPED:
+        raise Unavailable(f"{node.spec.name} is {node._state}: {node._reason}")
+    return await node._service.handle(message)

@@ -140,6 +140,18 @@ async def _until_it_answers(table: AsyncTable) -> None:
             await asyncio.sleep(0.1)
 
 
+async def _until_evicted(store: AsyncStore) -> None:
+    """Wait until no storage node has work left that a sink gave it."""
+    deadline = time.monotonic() + 60
+    while True:
+        nodes = (await store.status())["nodes"]
+        if not any(node.get("chores", 1) for name, node in nodes.items() if name.startswith("storage")):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError("the storage nodes still evict rows a minute after the sink")
+        await asyncio.sleep(0.2)
+
+
 def _names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}-{number}" for number in range(count)]
 
@@ -320,6 +332,7 @@ async def measure(folder: Path, size: Size, turns: int, *, tell: Callable[[str],
         tell("loading and sinking")
         rows = await prepare(store, size, random.Random(1))
         mix = HotMix(store.table("hot"), size, 2)
+        await _until_evicted(store)
         await mix.run(size.phase_s / 2)
         helpers = {role: Helper(role, folder, config, quick=size is QUICK) for role in (SCAN, SINK)}
         try:
@@ -331,6 +344,7 @@ async def measure(folder: Path, size: Size, turns: int, *, tell: Callable[[str],
                     else:
                         async with helpers[phase].at_work(done[phase]):
                             found[phase].append(await mix.run(size.phase_s))
+                        await _until_evicted(store)
         finally:
             for helper in helpers.values():
                 helper.end()

@@ -6,7 +6,7 @@ import math
 from typing import Any
 from xml.sax.saxutils import escape
 
-_WIDTH, _LEFT, _RIGHT = 900, 80, 210
+_WIDTH, _LEFT, _RIGHT = 900, 80, 100
 _PANELS = ((50, 250), (360, 120))  # top and height
 _LINES = {
     "reads_per_s": ("reads", "#0969da", ""),
@@ -64,8 +64,11 @@ def _line(
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     made = [f'<polyline class="line" points="{path}" stroke="{colour}"{dashed}/>']
     if places:
-        x, y = places[-1]
-        made.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" style="fill: {colour}">{escape(label)}</text>')
+        # At the end of the peak, where the curves lie furthest apart.
+        highest = max(value for _, value in points)
+        at = max(number for number, (_, value) in enumerate(points) if value >= 0.75 * highest)
+        x, y = places[at]
+        made.append(f'<text x="{x + 42:.1f}" y="{y + 4:.1f}" style="fill: {colour}">{escape(label)}</text>')
     return made
 
 

@@ -33,6 +33,7 @@ from timetier.jobs.bench_data import Dataset
 
 from .curves import draw
 from .festival_client import SLOT_S, Points, quantile_ms
+from .processes import end_on_signals
 
 NAMESPACE = "timetier-festival"
 TABLE = "bench"
@@ -292,7 +293,7 @@ class Festival:
 
     def _curves(self) -> dict[str, list[list[float]]]:
         """Points (second, value) of what is drawn."""
-        slots = sorted(self._clients.slots.items())
+        slots = [(n, slot) for n, slot in sorted(self._clients.slots.items()) if (n + 1) * SLOT_S <= self._plan.end_s]
         pairs = [(a, b) for a, b in zip(self._samples, self._samples[2:], strict=False) if b.at_s > a.at_s]
         return {
             "reads_per_s": [[n * SLOT_S, slot.get("done", 0) / SLOT_S] for n, slot in slots],
@@ -364,6 +365,7 @@ def in_words(report: dict[str, Any]) -> str:
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves into this SVG.")
 def main(as_json: bool, quick: bool, rate: float, clients: int, seed: int, plot: Path | None) -> None:
     """Raise the reads fivefold and add a cache node in the middle."""
+    end_on_signals()
     plot = None if plot is None else plot.absolute()
     report = measure(QUICK if quick else Plan(rate=rate, clients=clients, seed=seed))
     if plot is not None:

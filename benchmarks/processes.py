@@ -74,6 +74,16 @@ class Processes:
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
+def end_on_signals() -> None:
+    """End this program by SystemExit on SIGTERM and SIGHUP, so that what it has started is ended, too."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
 def wait_until(ready: object, processes: Processes, timeout_s: float = 30.0) -> None:
     """Call `ready` until it is true; what it raises counts as not yet. Raises StartError."""
     assert callable(ready)

@@ -35,12 +35,12 @@ from timetier.jobs.bench_workloads import PAGE, WORKLOADS, Bench, client_cpu
 
 from .bulk import fill
 from .nodes import NodeProcesses, open_store, topology_in
-from .processes import cpu_by_part, memory_bytes
+from .processes import cpu_by_part, end_on_signals, memory_bytes
 
 TABLE = "bench"
 BASE = 1_700_000_000_000_000
 STEP = 1_000_000
-HOT_ITEMS = 100_000
+HOT_ITEMS, HOT_TIMELINES = 100_000, 10_000  # whichever is less
 COLD_WRITES = "cold put"
 ASKED = ("get1000x4", "get1x64", "page50", "put1000", COLD_WRITES)
 _ROOT = Path(__file__).resolve().parent.parent
@@ -72,8 +72,8 @@ class Shape:
         return self._first(self.timelines)
 
     def hot(self) -> Dataset:
-        """The part of the data that is read: as much of it for every shape."""
-        return self._first(max(1, min(self.timelines, HOT_ITEMS * self.timelines // max(1, self.items))))
+        """The part of the data that is read: as much of it for every shape, as far as that can be."""
+        return self._first(max(1, min(self.timelines, HOT_TIMELINES, HOT_ITEMS * self.timelines // max(1, self.items))))
 
     def _first(self, timelines: int) -> Dataset:
         return Dataset("own", timelines, BASE, STEP, max(1, self.items // max(1, self.timelines)))
@@ -88,11 +88,11 @@ def shapes(items: int, *, quick: bool) -> list[Shape]:
         Shape(items // 100, items),
         middle,
         Shape(items, items),
-        Shape(items // 10, 10 * items),
         Shape(items // 10, items, groups=2),
         Shape(items // 10, items, groups=4),
         Shape(items // 10, items, caches=2),
         Shape(items // 10, items, caches=3),
+        Shape(items // 10, 10 * items),
     ]
 
 
@@ -283,6 +283,7 @@ def _start_row(report: dict[str, Any]) -> str:
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Of each workload.")
 def main(as_json: bool, quick: bool, items: int, startup_items: int, seconds: float) -> None:
     """Measure how cost grows: timelines, items, storage groups, cache nodes, start-up."""
+    end_on_signals()
     if quick:
         items, startup_items, seconds = 20_000, 40_000, 0.2
     wanted = shapes(items, quick=quick)

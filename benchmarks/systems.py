@@ -193,7 +193,7 @@ def _why_missing(program: str, package: str, modules: Mapping[str, str]) -> str 
         needed.append(f"`apt-get install {package}` ({program} is not on the PATH)")
     absent = [name for module, name in modules.items() if importlib.util.find_spec(module) is None]
     if absent:
-        needed.append(f"`pip install {' '.join(absent)}` (or the extra `bench`)")
+        needed.append(f"`pip install {' '.join(absent)}` (or `pip install -e '.[bench]'`)")
     return " and ".join(needed) or None
 
 

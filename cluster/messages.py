@@ -480,13 +480,7 @@ class State(_Peer):
 
 
 SingleMessage = Prepare | Promise | Accept | Accepted | Nack | Chosen | Fetch | Entries | State
-PeerMessage = (
-    SingleMessage
-    | Accepts
-    | AcceptedAll
-    | ChosenAll
-    | Unheard
-)
+PeerMessage = SingleMessage | Accepts | AcceptedAll | ChosenAll | Unheard
 
 
 class PeerBatch(_Message):

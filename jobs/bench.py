@@ -29,7 +29,6 @@ COUNTED = ("put", "mix")
 
 _WRITERS = 1_000  # owners of new items: a call of 1,000 writes has as many timelines
 _DELETES_AT_ONCE = 500
-_CHECKED = 2_000
 
 
 class TimeTierSubject:

@@ -109,7 +109,7 @@ class HandAnswered:
                 self.ended(done.value)
                 continue
             if isinstance(effect, Sleep):
-                results = self.slept(effect.seconds)
+                results = self.slept(effect.seconds) if effect.seconds else 0.0  # a turn for others is no pause
                 if results is None:
                     return
                 continue

@@ -190,6 +190,7 @@ class View:
         for timeline, version in zip(timelines, versions, strict=True):
             if version > seen.get(timeline, 0):
                 seen[timeline] = version
+            if timeline in seen:
                 seen.move_to_end(timeline)
         while len(seen) > self.settings.seen_timelines:
             seen.popitem(last=False)

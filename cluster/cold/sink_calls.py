@@ -57,9 +57,9 @@ class SinkSettings:
     block_rows: int = 4_096
     file_bytes: int = 64 << 20
     orphan_grace_s: float = 600.0
-    scan_bytes: int = 8 << 20
+    scan_bytes: int = 1 << 20
     bucket_bytes: int = 128 << 20
-    piece_bytes: int = 4 << 20
+    piece_bytes: int = 1 << 20
     call_timeout_s: float = 10.0
     write_timeout_s: float = 30.0
     attempts: int = 3

@@ -93,6 +93,8 @@ class BlockReader:
             rested = False
             for attempt, reply in zip(open_attempts, replies, strict=True):
                 self._take(attempt, reply)
+                if attempt.block is not None:
+                    yield Sleep(0.0)  # to decode one took a while: others have their turn before the next step
                 if attempt.block is None and attempt.tried == len(attempt.order):
                     self._start_over(attempt)
                     rested = True

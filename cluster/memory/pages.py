@@ -281,8 +281,9 @@ def merge(hot: Rows, cold: Sequence[Rows], *, wiped: int, horizon: int) -> Rows:
     `wiped` is deleted, an item with a timestamp below `horizon` has expired.
     """
     floor = timestamp_floor(horizon)
-    if not any(map(len, cold)) and _is_plain(hot, wiped, floor):
-        return hot
+    joined = _joined([rows for rows in (hot, *cold) if rows.keys])
+    if _is_plain(joined, wiped, floor):
+        return joined
     best: dict[bytes, tuple[int, int, bytes, int]] = {}
     for rows in (hot, *cold):
         for key, kind, value, version, written in zip(
@@ -293,6 +294,20 @@ def merge(hot: Rows, cold: Sequence[Rows], *, wiped: int, horizon: int) -> Rows:
                 if known is None or version > known[0]:
                     best[key] = (version, kind, value, written)
     return _columns((key, *best[key]) for key in sorted(best, reverse=True) if best[key][1] == PUT)
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    """Rows of all parts, those with the newest items first: the blocks of a long timeline follow one another."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = Rows()
+    for rows in sorted(parts, key=lambda rows: rows.keys[0], reverse=True):
+        joined.keys += rows.keys
+        joined.kinds += rows.kinds
+        joined.values += rows.values
+        joined.versions += rows.versions
+        joined.written += rows.written
+    return joined
 
 
 def _is_plain(rows: Rows, wiped: int, floor: bytes) -> bool:

@@ -69,7 +69,7 @@ class Settings:
     message_bytes: int = 8 << 20
     flight_entries: int = 2
     journal_bytes: int = 256 << 20
-    chore_rows: int = 500
+    chore_rows: int = 250
 
 
 PREPARE, ACCEPT, BACKOFF, CATCH_UP = "prepare", "accept", "backoff", "catch-up"

@@ -226,7 +226,8 @@ class RocksEngine:
         lowest = next(_up(self._db.iter(bounds), low, bounds), None)
         if lowest is None:
             return
-        for row in self._db.items(backwards=True, read_opt=bounds):
+        rows: Any = self._db.items(backwards=True, read_opt=bounds)
+        for row in rows:
             yield row
             if row[0] <= lowest[0]:
                 return

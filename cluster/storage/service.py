@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-CHORE_SLICE_S = 0.002
+CHORE_SLICE_S = 0.001
 REOPEN_S = 1.0
 
 
@@ -619,7 +619,7 @@ class StorageService:
     # ------------------------------------------------------------ background
 
     async def _do_chores(self) -> None:
-        """Evict, purge: a slice of a few milliseconds at a time, half of the time at the most."""
+        """Evict, purge: a slice of a millisecond or two at a time, half of the time at the most."""
         while True:
             more = False
             if self._replica is not None and self._votes_allowed and not self._disk.bare:

@@ -384,6 +384,8 @@ def test_versions_are_remembered_in_a_bounded_number_least_recent_first_out() ->
     hand.view.remember(b"a", 0)
     hand.view.remember(b"d", 4)
     assert [hand.view.seen(name) for name in (b"a", b"b", b"c", b"d")] == [1, 0, 3, 4]
+    hand.view.remember_all([b"c", b"e", b"a"], [2, 5, 7])
+    assert hand.view.all_seen([b"a", b"c", b"d", b"e"]) == [7, 3, 0, 5]
 
 
 # ---------------------------------------------------------------- reads

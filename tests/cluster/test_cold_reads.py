@@ -12,7 +12,7 @@ from random import Random
 from storage_cluster import POLICY, StorageCluster, topology, wait_for
 from timetier.cluster.client.scripts import WriteRequest, write
 from timetier.cluster.client.view import View
-from timetier.cluster.cold.files import SystemFiles
+from timetier.cluster.cold.files import SystemFiles, _SystemFile
 from timetier.cluster.cold.service import ColdService
 from timetier.cluster.cold.sink_calls import SinkSettings
 from timetier.cluster.cold.sink_script import TableSink, sink
@@ -36,34 +36,26 @@ def item(at: int) -> bytes:
     return item_key(at * STEP + 1)
 
 
-class CountingFile:
-    """An open file that counts its reads."""
-
-    def __init__(self, opened: object, reads: Counter[str], node: str) -> None:
-        self._opened = opened
-        self._reads = reads
-        self._node = node
-
-    def read(self, length: int, offset: int) -> bytes:
-        self._reads[self._node] += 1
-        data: bytes = self._opened.read(length, offset)  # type: ignore[attr-defined]
-        return data
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._opened, name)
-
-
 class CountingFiles(SystemFiles):
-    """The files of one cold node."""
+    """The files of one cold node; `reads` counts what is read of them, by node."""
 
     def __init__(self, reads: Counter[str], node: str) -> None:
         self._reads = reads
         self._node = node
 
     @contextmanager
-    def open(self, path: Path, **how: bool) -> Iterator[CountingFile]:  # type: ignore[override]
-        with super().open(path, **how) as opened:
-            yield CountingFile(opened, self._reads, self._node)
+    def open(
+        self, path: Path, *, write: bool = False, create: bool = False, empty: bool = False
+    ) -> Iterator[_SystemFile]:
+        with super().open(path, write=write, create=create, empty=empty) as opened:
+            original = opened.read
+
+            def read(length: int, offset: int) -> bytes:
+                self._reads[self._node] += 1
+                return original(length, offset)
+
+            opened.read = read  # type: ignore[method-assign]
+            yield opened
 
 
 class Tiers:

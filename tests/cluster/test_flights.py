@@ -92,6 +92,18 @@ def test_a_batch_is_one_message_a_peer_and_one_fsync_a_replica() -> None:
     assert all(chosen(group, replica, timelines) == {2} for replica in range(3))
 
 
+def test_a_batch_to_new_timelines_is_one_write_and_one_fsync_too() -> None:
+    """None of them has to be looked for by itself, which would have the engine commit what was written so far."""
+    group = Scripted(13)
+    timelines = owned_by(0)
+    before = [member.engine.sequence for member in group.members]
+    written(group, 0, timelines, 1)
+    group.run(0.1)
+    batches = [member.engine.sequence - first for member, first in zip(group.members, before, strict=True)]
+    assert batches == [1, 1, 1]
+    assert all(chosen(group, replica, timelines) == {1} for replica in range(3))
+
+
 def test_what_a_flight_says_is_what_single_messages_would_say() -> None:
     group = Scripted(2)
     timelines = owned_by(0, 3)

@@ -269,3 +269,8 @@ def test_timestamps_that_are_no_integer_are_refused(wrong: Any) -> None:
 def test_timestamps_beyond_64_bits_are_refused(wrong: int) -> None:
     with pytest.raises(InvalidRequest, match="64 bits"):
         keys.check_timestamp(wrong)
+
+
+@given(st.lists(TIMESTAMPS))
+def test_item_keys_of_many_timestamps_are_those_of_each(timestamps: list[int]) -> None:
+    assert keys.item_keys(np.array(timestamps, dtype=np.int64)) == [keys.item_key(stamp) for stamp in timestamps]

@@ -205,6 +205,14 @@ def test_storage_order_is_the_priority_of_the_timeline_among_its_groups_replicas
     assert routing.storage_nodes(6) == ["storage-6-0", "storage-6-1", "storage-6-2"]
 
 
+@pytest.mark.parametrize("groups", [1, 7])
+def test_the_first_nodes_of_many_timelines_are_those_of_each(groups: int) -> None:
+    routing = Routing(topology(storage_groups=groups))
+    keys = timelines(500)
+    assert routing.first_storage_nodes(keys) == [routing.storage_order(key)[0] for key in keys]
+    assert routing.first_storage_nodes([]) == []
+
+
 def test_cold_order_is_the_links_order_among_the_nodes_of_the_buckets_cold_group() -> None:
     routing = Routing(topology())
     firsts: Counter[str] = Counter()

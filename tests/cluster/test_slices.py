@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
-from replica_group import BUCKETS, Group, key_of, write_message
+from replica_group import Group, key_of, write_message
+from storage_cluster import StorageCluster
 from timetier.cluster.cold.link import FORMAT, Block, Link, decode_link, encode_link
 from timetier.cluster.keys import bucket_of, item_key, priority, split_item_key, system_timeline, timeline_hash
 from timetier.cluster.messages import (
@@ -17,8 +20,10 @@ from timetier.cluster.messages import (
     PUT,
     WIPE,
     AskDigests,
+    AskVersions,
     Scan,
     Scanned,
+    Versions,
     Written,
     pack_i64,
     pack_u32,
@@ -239,4 +244,25 @@ def test_a_digest_is_that_of_its_version_whatever_happens_between_its_slices(see
                 assert digest == writer.digests[key, versions[at], systems[at]], (key, versions[at])
                 compared += 1
     assert compared >= 12
-    assert BUCKETS > BUCKET
+
+
+def test_a_storage_node_answers_others_between_the_slices_of_a_long_scan(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with StorageCluster(tmp_path) as cluster:
+            for at in range(8):
+                items = [(item_key(n), bytes(20)) for n in range(1_000 * at, 1_000 * at + 1_000)]
+                outcome, _ = await cluster.put(0, ALICE, rid(at), items, seen=at)
+                assert outcome == OK
+            node = cluster.services[0].name
+            scan = asyncio.create_task(cluster.client.call(node, scan_message(), 30))
+            answered = 0
+            while not scan.done():
+                versions = await cluster.client.call(node, AskVersions([ALICE]), 30)
+                assert isinstance(versions, Versions) and unpack_i64(versions.chosen) == [8]
+                answered += not scan.done()
+            found = await scan
+            assert isinstance(found, Scanned)
+            assert len(found.keys) == 8_000, "all rows of one timeline in one answer"
+            assert answered >= 8, "who asks small things meanwhile does not wait for the whole scan"
+
+    asyncio.run(asyncio.wait_for(body(), 60))

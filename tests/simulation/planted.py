@@ -84,7 +84,7 @@ BUGS = [
     _bug(
         "promise forgotten in a restart",
         "a promise binds all later lives",
-        ("paxos.core:Core._load", "if meta.promised_entry == timeline.chosen + 1:", "if False:"),
+        ("paxos.core:Core._from_rows", "if meta.promised_entry == timeline.chosen + 1:", "if False:"),
         plans="restarts",
         scripts=("regained_right",),
     ),
@@ -98,7 +98,7 @@ BUGS = [
         "memory ahead of the engine after a restart",
         "an accepted entry is not yet a chosen one",
         (
-            "paxos.core:Core._load",
+            "paxos.core:Core._from_rows",
             "if meta.promised_entry ==",
             "if timeline.record is not None:\n        self._apply_loaded(timeline)\n    if meta.promised_entry ==",
         ),
@@ -106,7 +106,7 @@ BUGS = [
     _bug(
         "memory behind the engine after a restart",
         "a later record proves that the one before was chosen",
-        ("paxos.core:Core._load", "self._apply_loaded(timeline)\n        if entry", "break\n        if entry"),
+        ("paxos.core:Core._from_rows", "self._apply_loaded(timeline)\n        if entry", "break\n        if entry"),
         scripts=("fsync",),
     ),
     _bug(
