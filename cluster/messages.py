@@ -17,6 +17,7 @@ Column names that come back in several messages:
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,28 +56,45 @@ NO_LIFE: Life = (-1, 0, 0)
 NO_BALLOT: Ballot = (-1, NO_LIFE)
 
 
+# Short columns go without NumPy: a single read has a dozen of them, and waking NumPy for each costs more than all else.
+_SHORT = 32
+_I64 = [struct.Struct(f"<{count}q") for count in range(_SHORT + 1)]
+_U32 = [struct.Struct(f"<{count}I") for count in range(_SHORT + 1)]
+
+
 def pack_i64(values: Iterable[int] | npt.NDArray[Any]) -> bytes:
     """int64 column as bytes."""
-    return np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype="<i8").tobytes()
+    if not isinstance(values, np.ndarray):
+        values = values if isinstance(values, list) else list(values)
+        if len(values) <= _SHORT:
+            return _I64[len(values)].pack(*values)
+    return np.asarray(values, dtype="<i8").tobytes()
 
 
 def unpack_i64(column: bytes) -> list[int]:
     """int64 column as a list. Raises ProtocolError when the length is off."""
     if len(column) % 8:
         raise ProtocolError(f"an int64 column of {len(column)} bytes")
+    if len(column) <= 8 * _SHORT:
+        return list(_I64[len(column) // 8].unpack(column))
     values: list[int] = np.frombuffer(column, dtype="<i8").tolist()
     return values
 
 
 def pack_u32(values: Iterable[int]) -> bytes:
     """uint32 column as bytes."""
-    return np.asarray(list(values), dtype="<u4").tobytes()
+    values = values if isinstance(values, list) else list(values)
+    if len(values) <= _SHORT:
+        return _U32[len(values)].pack(*values)
+    return np.asarray(values, dtype="<u4").tobytes()
 
 
 def unpack_u32(column: bytes) -> list[int]:
     """uint32 column as a list. Raises ProtocolError when the length is off."""
     if len(column) % 4:
         raise ProtocolError(f"a uint32 column of {len(column)} bytes")
+    if len(column) <= 4 * _SHORT:
+        return list(_U32[len(column) // 4].unpack(column))
     values: list[int] = np.frombuffer(column, dtype="<u4").tolist()
     return values
 

@@ -131,7 +131,7 @@ class Reads:
         others = self.core.versions.others(message.digests, message.versions)
         self.core.counters.add("same_questions", len(message.versions) // 8)
         self.core.counters.add("same_others", len(others))
-        return Same(others.astype("<u4").tobytes(), self.core.versions.mark, self.core.incarnations()), 0
+        return Same(pack_u32(others), self.core.versions.mark, self.core.incarnations()), 0
 
     def versions(self, message: AskVersions) -> tuple[Versions, int]:
         """Answer, and the engine batch that must be durable before it leaves."""

@@ -23,8 +23,8 @@ import numpy as np
 from ..cold.link import HORIZON_PREFIX, RECORDS_AT
 from ..errors import InvalidRequest
 from ..keys import split_item_key, timeline_digest
-from ..messages import NO_BALLOT, Life
-from ..storage.version_cache import DIGEST_BYTES, DIRTY, HEADER_BYTES, ROW_BYTES, Ints, Owner, VersionCache
+from ..messages import NO_BALLOT, Life, unpack_i64
+from ..storage.version_cache import DIGEST_BYTES, DIRTY, HEADER_BYTES, ROW_BYTES, Owner, VersionCache
 
 if TYPE_CHECKING:
     from .core import Timeline
@@ -99,18 +99,24 @@ class Versions:
 
     # ---- answering
 
-    def others(self, digests: bytes, versions: bytes) -> Ints:
-        """Indices of the timelines of which the cache does not say that they are at these versions (int64).
+    def others(self, digests: bytes, versions: bytes) -> list[int]:
+        """Indices of the timelines of which the cache does not say that they are at these versions (int64 column).
 
         Raises InvalidRequest when the columns don't fit each other.
         """
         if len(digests) * 8 != len(versions) * DIGEST_BYTES or len(versions) % 8:
             raise InvalidRequest(f"{len(digests)} bytes of digests don't fit {len(versions)} bytes of versions")
         self.flush()
-        found = self.cache.look_up(digests)
-        others = np.flatnonzero((found != np.frombuffer(versions, "<i8")) | (found < 0))
-        self.asked += len(found)
-        self.known += len(found) - len(others)
+        count = len(versions) // 8
+        if count <= self.cache.few:
+            known = self.cache.look_up_few(digests)
+            wanted = unpack_i64(versions)
+            others = [at for at in range(count) if known[at] != wanted[at] or known[at] < 0]
+        else:
+            found = self.cache.look_up(digests)
+            others = np.flatnonzero((found != np.frombuffer(versions, "<i8")) | (found < 0)).tolist()
+        self.asked += count
+        self.known += count - len(others)
         return others
 
     def look_up(self, timelines: Iterable[bytes]) -> list[int]:

@@ -66,6 +66,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CHORE_SLICE_S = 0.001
+CHORE_PAUSE_S = 0.003  # after a slice: nobody waits for chores, and readers wait for the processor
 REOPEN_S = 1.0
 
 
@@ -619,7 +620,7 @@ class StorageService:
     # ------------------------------------------------------------ background
 
     async def _do_chores(self) -> None:
-        """Evict, purge: a slice of a millisecond or two at a time, half of the time at the most."""
+        """Evict, purge: a slice of a millisecond or two at a time, a quarter of the time or so."""
         while True:
             more = False
             if self._replica is not None and self._votes_allowed and not self._disk.bare:
@@ -631,7 +632,7 @@ class StorageService:
                     self._break(error)
                 self._plan_pump()
             self._look_around()
-            await asyncio.sleep(CHORE_SLICE_S if more else 0.1)
+            await asyncio.sleep(CHORE_PAUSE_S if more else 0.1)
 
     def _look_around(self) -> None:
         """Note how much room the disk has, and the lengths of queues."""

@@ -143,13 +143,17 @@ class VersionCache:
         if len(digests) % DIGEST_BYTES:
             raise InvalidRequest(f"a column of digests has {len(digests)} bytes: each has {DIGEST_BYTES}")
         if count <= self.few:
-            return np.array([self._look_at(*pair) for pair in _pairs(digests)], dtype=np.int64)
+            return np.array(self.look_up_few(digests), dtype=np.int64)
         found = self._find(*_halves(digests))
         versions = np.where(found.there, self._flat_versions.take(found.places), DIRTY)
         # What lies at the front of its row needs no move, unless another one of the batch moves there.
         if (found.there & (found.ways > 0)).any():
             self._in_turns(found.at(np.flatnonzero(found.there)), None)
         return versions
+
+    def look_up_few(self, digests: bytes) -> list[int]:
+        """The same for a few, one by one."""
+        return [self._look_at(*pair) for pair in _pairs(digests)]
 
     def note(self, digests: bytes, versions: Ints) -> None:
         """The timelines with these digests are at these versions, clean. Of one that comes twice the later counts."""
