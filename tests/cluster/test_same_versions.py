@@ -362,7 +362,7 @@ def test_a_node_whose_cache_fails_in_the_middle_of_a_move_begins_another_life_wi
                 cache._sequence_of[row] += 1
                 raise MemoryError
 
-            cache.look_up_few = fail  # type: ignore[method-assign]
+            cache.look_up_few = fail  # type: ignore[assignment, method-assign]
             message = question(1, seed=digest_seed(cluster.topology.secret))
             assert isinstance(await cluster.client.call(service.name, message, 5.0), Failure)
             await wait_for(lambda: service._replica not in (None, broken), "the next life")
