@@ -30,18 +30,29 @@ class VersionWatch:
     def replica(self, name: str, versions: Versions, engine: SimEngine, disk: SimDisk) -> None:
         """Look on a life from its beginning."""
         self._by_digest = self._by_digest or {versions.digest(key): key for key in self._timelines}
-        inner = versions.cache.look_up
+        cache = versions.cache
+        many, few = cache.look_up, cache.look_up_few
 
-        def look_up(digests: bytes) -> Ints:
-            found = inner(digests)
+        def check(digests: bytes, found: list[int]) -> None:
             names = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
-            for digest, version in zip(names, found.tolist(), strict=True):
+            for digest, version in zip(names, found, strict=True):
                 if version != DIRTY:
                     self.answers += 1
                     self._check(name, engine, disk, digest, version)
+
+        def look_up(digests: bytes) -> Ints:
+            found = many(digests)
+            if len(digests) > cache.few * DIGEST_BYTES:  # else it has asked for a few
+                check(digests, found.tolist())
             return found
 
-        versions.cache.look_up = look_up  # type: ignore[method-assign]
+        def look_up_few(digests: bytes) -> list[int]:
+            found = few(digests)
+            check(digests, found)
+            return found
+
+        cache.look_up = look_up  # type: ignore[method-assign]
+        cache.look_up_few = look_up_few  # type: ignore[method-assign]
         for digest, version in clean_entries(versions.cache):
             self.finds += 1
             self._check(name, engine, disk, digest, version)

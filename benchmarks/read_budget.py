@@ -1,0 +1,162 @@
+"""Where the CPU time of a call with 1,000 strong reads goes, step by step.
+
+    python -m benchmarks.read_budget [--calls 200] [--owners 2000] [--json]
+
+A client, a cache node's pages and the version caches of three replicas in one thread: the production code of each step,
+without sockets and event loop, so that each step can be timed by itself. All pages are in memory and current, which is
+what nearly all reads meet. Printed: microseconds of CPU an item; each step's median over the calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from timetier.cluster.client.item_reads import ItemResults
+from timetier.cluster.client.items import item_addresses
+from timetier.cluster.counters import Counters
+from timetier.cluster.keys import MIN_TIMESTAMP, digest_seed, item_key, priority_index, timeline_digest, timeline_key
+from timetier.cluster.memory.columns import ItemGlance
+from timetier.cluster.memory.glances import Glances, Label
+from timetier.cluster.memory.incarnations import Incarnations
+from timetier.cluster.memory.page_cache import PageCache
+from timetier.cluster.memory.pages import Page
+from timetier.cluster.memory.suspicion import Suspicion
+from timetier.cluster.messages import FoundItems, ReadItems, Same, decode, encode, pack_u32
+from timetier.cluster.paxos.versions import Versions
+from timetier.cluster.storage.version_cache import Owner, VersionCache
+
+T = TypeVar("T")
+
+ITEMS_PER_CALL = 1_000
+ITEMS_PER_TIMELINE = 25
+VALUE_BYTES = 200
+BUCKETS = 1024
+TABLE = b"bench"
+VERSION = 7
+SEED = digest_seed("read budget")
+NAMES = [f"storage-0-{number}" for number in range(3)]
+
+
+class Budget:
+    """The nodes of one read path. `spent_us`: microseconds of CPU of each call, by step."""
+
+    def __init__(self, owners: int, seed: int) -> None:
+        self.spent_us: defaultdict[str, list[float]] = defaultdict(list)
+        self._random = random.Random(seed)
+        self._owners = [f"owner-{number}" for number in range(owners)]
+        self._replicas = {
+            name: Versions(VersionCache(bytearray(16 << 20), Owner(b"read budget", 1, None, SEED)), (number, 1, 1))
+            for number, name in enumerate(NAMES)
+        }
+        self._cache = PageCache(1 << 30)
+        for owner in self._owners:
+            self._load(timeline_key(TABLE, owner.encode(), BUCKETS))
+        self._glances = Glances(
+            Suspicion(first_s=1.0, longest_s=8.0),
+            Incarnations(),
+            Counters(),
+            clock=time.monotonic,
+            attempt_timeout_s=0.3,
+            probation_timeout_s=0.1,
+        )
+
+    def _load(self, timeline: bytes) -> None:
+        keys = [item_key(timestamp) for timestamp in range(ITEMS_PER_TIMELINE)]
+        values = [self._random.randbytes(VALUE_BYTES) for _ in keys]
+        numbers = array("q", [VERSION] * len(keys))
+        page = Page(VERSION, b"", b"", MIN_TIMESTAMP, keys, values, numbers, numbers)
+        digest, order = timeline_digest(timeline, SEED), priority_index(timeline, len(NAMES))
+        mark = self._replicas[NAMES[0]].mark
+        page.label = Label(digest, VERSION, mark, order).packed()
+        self._cache.put(timeline, page)
+        for replica in self._replicas.values():
+            replica.mark = mark  # as if each page had been read from each of them
+            replica.cache.note(digest, np.array([VERSION]))
+
+    def _timed(self, step: str, work: Callable[[], T]) -> T:
+        began = time.process_time_ns()
+        found = work()
+        self.spent_us[step].append((time.process_time_ns() - began) / 1_000)
+        return found
+
+    def call(self) -> None:
+        """One call; every item must be found."""
+        asked = [
+            (self._random.choice(self._owners), self._random.randrange(ITEMS_PER_TIMELINE))
+            for _ in range(ITEMS_PER_CALL)
+        ]
+        timed = self._timed
+        addresses = timed("client: arguments to columns", lambda: item_addresses(TABLE, BUCKETS, asked))
+        queries = addresses.queries
+        frame = timed("codec: question", lambda: encode(ReadItems(1, queries.timelines, queries.keys, 500)))
+        message = timed("codec: question", lambda: decode(frame))
+        assert isinstance(message, ReadItems)
+        glance = timed("cache: find pages and items", lambda: ItemGlance(self._cache, message.timelines, message.keys))
+        pages = timed("cache: each page once", glance.covered)
+        script = self._glances.prove(pages, NAMES)
+        calls = timed("cache: ask whether pages are current", lambda: next(script))
+        replies = []
+        for node, question in [(one.node, one.message) for one in calls]:  # type: ignore[union-attr]
+            replica = self._replicas[node]
+            others = timed(
+                "replicas: version caches (two of three for each page)",
+                lambda replica=replica, question=question: replica.others(question.digests, question.versions),  # type: ignore[misc]
+            )
+            replies.append(Same(pack_u32(others), replica.mark, [1, 1, 1]))
+        assert timed("cache: count votes", lambda: _result(script, replies)) == [], "a page was not proven"
+        answer = timed("cache: columns of the answer", lambda: glance.answer(bytearray(ITEMS_PER_CALL), {}))
+        frame = timed("codec: answer", lambda: encode(answer))
+        found = timed("codec: answer", lambda: decode(frame))
+        assert isinstance(found, FoundItems)
+        items = timed("client: items", lambda: addresses.to_items(ItemResults.of(found)))
+        assert len(items) == ITEMS_PER_CALL and None not in items
+
+    def per_item_us(self) -> dict[str, float]:
+        """Median over the calls, by step; a step that a call does several times is summed."""
+        calls = len(self.spent_us["cache: each page once"])
+        found = {}
+        for step, spent in self.spent_us.items():
+            times = len(spent) // calls
+            sums = [sum(spent[at : at + times]) for at in range(0, times * calls, times)]
+            found[step] = statistics.median(sums) / ITEMS_PER_CALL
+        return found
+
+
+def _result(script: Any, replies: list[Same]) -> Any:
+    try:
+        script.send(replies)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a proof takes one round")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--owners", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    budget = Budget(options.owners, options.seed)
+    for _ in range(options.calls + 10):
+        budget.call()
+    steps = budget.per_item_us()
+    if options.json:
+        print(json.dumps({"us_per_item": steps, "all": sum(steps.values())}))
+        return
+    for step, spent_us in steps.items():
+        print(f"{step:60s} {spent_us:6.3f}")
+    print(f"{'all':60s} {sum(steps.values()):6.3f}")
+
+
+if __name__ == "__main__":
+    main()
