@@ -41,7 +41,7 @@ def test_a_dozen_seeds_violate_nothing() -> None:
     assert sum(outcome.crashes for outcome in outcomes) > 10
     assert sum(outcome.blocks for outcome in outcomes) > 10
     assert sum(outcome.checked_answers for outcome in outcomes) > 500
-    assert sum(outcome.checked_versions for outcome in outcomes) > 500
+    assert sum(outcome.checked_versions for outcome in outcomes) > 300
     assert sum(outcome.checked_warm_versions for outcome in outcomes) > 20
     assert sum(outcome.checked_pages for outcome in outcomes) > 50
     assert sum(outcome.checked_evictions for outcome in outcomes) > 50
