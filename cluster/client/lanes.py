@@ -184,10 +184,10 @@ class Lane(Generic[Q, R]):
         if not self.flying:
             self._idle.set()
 
-    def _gather(self) -> None:
-        """A batch of several calls has landed. Their callers come with the next ones in this very turn of the loop:
-        were the first of them to leave alone, the others would wait a round trip for it."""
-        if self._queue:
+    def _gather(self, landed: int) -> None:
+        """A batch of so many calls has landed. Their callers may come with the next ones in this very turn of the loop:
+        were the few that wait to leave without them, they would wait a round trip for those."""
+        if len(self._queue) >= landed:
             self._start_waiting()
         elif not self._gathering:
             self._gathering = True
@@ -270,7 +270,7 @@ class Lane(Generic[Q, R]):
                 low = high
         finally:
             self._landed()
-            self._gather()
+            self._gather(len(calls))
 
 
 class Lanes(Generic[Q, R]):

@@ -61,6 +61,32 @@ def test_calls_that_come_while_a_batch_is_in_flight_form_the_next_one() -> None:
     asyncio.run(scenario())
 
 
+def test_callers_who_call_again_and_again_share_every_round_trip() -> None:
+    """Not one of them alone and then all the others, which would be twice as many round trips."""
+
+    async def scenario() -> None:
+        batches: list[int] = []
+
+        async def run(requests: Sequence[int]) -> list[int]:
+            batches.append(len(requests))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return list(requests)
+
+        lane = Lane(run, PATIENT)
+
+        async def caller(number: int) -> None:
+            for _ in range(10):
+                assert await lane.submit([number]) == [number]
+
+        await asyncio.gather(*map(caller, range(16)))
+        assert sum(batches) == 160
+        assert len(batches) <= 13, batches
+        await lane.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_is_filled_up_to_its_bound() -> None:
     async def scenario() -> None:
         flights = Flights()
