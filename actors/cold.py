@@ -23,5 +23,6 @@ class ColdNode(NodeActor):
             self.carrier,
             disks=self.config.cold.disks,
             read_threads=self.config.cold.read_threads,
+            block_cache_bytes=self.config.cold.block_cache_mb << 20,
             counters=self.counters,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from ..cluster.carriers.base import Address, CallError, decode_answer
+from ..cluster.carriers.base import Address, CallError, Then, begin_task, decode_answer
 from ..cluster.counters import Counters
 from ..cluster.errors import ProtocolError
 from ..cluster.messages import Message, encode
@@ -49,9 +49,9 @@ class RayCarrier:
         self.counters.add("calls")
         return await self._node(node).call(frame, timeout_s)
 
-    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
         """Begin a `call`."""
-        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+        begin_task(self.call(node, message, timeout_s), then)
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way, in order per node. False when too many are on their way."""

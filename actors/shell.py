@@ -25,7 +25,7 @@ import msgspec
 
 from .. import __version__
 from ..cluster.budget import budget_mb, queued_mb, resident_mb, sends_mb
-from ..cluster.carriers.base import Address, answer_frame
+from ..cluster.carriers.base import Address, Reply, answer_frame
 from ..cluster.carriers.direct import DirectCarrier, DirectServer, host_id
 from ..cluster.collecting import collect_rarely
 from ..cluster.config import Config
@@ -54,6 +54,7 @@ AWAY = "away"
 
 _TOPOLOGY_FILE = "topology.json"
 _SETTLE_POLL_S = 0.02
+_RETRY_AFTER_S = 0.2  # callers of a node that does not serve yet
 _TOLD_ALREADY = frozenset({"name", "counters"})  # by the shell, as `node` and `figures`
 
 logger = logging.getLogger(__name__)
@@ -245,6 +246,7 @@ class NodeActor:
             server = DirectServer(
                 partial(_handle, self),
                 bytes.fromhex(self.topology.secret),
+                begin=partial(_begin, self),
                 name=self.spec.name,
                 unix_path=str(socket_path(self.topology.cluster_id, self.spec.name)),
                 tcp_host=own_host(self.config.network),
@@ -349,5 +351,11 @@ async def _handle(node: NodeActor, message: Message) -> Message | None:
     if isinstance(message, Ping):
         return Pong()
     if node._service is None or node._state == STOPPED:
-        raise Unavailable(f"{node.spec.name} is {node._state}: {node._reason}")
+        hint_s = _RETRY_AFTER_S if node._state == STARTING else None
+        raise Unavailable(f"{node.spec.name} is {node._state}: {node._reason}", retry_after_s=hint_s)
     return await node._service.handle(message)
+
+
+def _begin(node: NodeActor, message: Message, reply: Reply) -> bool:
+    """A node's fast door, while it serves."""
+    return node._service is not None and node._state != STOPPED and node._service.begin(message, reply)

@@ -134,6 +134,7 @@ def _make_service(name: str, folder: Path, config: Config, topology: Topology, c
             carrier,
             disks=config.cold.disks,
             read_threads=config.cold.read_threads,
+            block_cache_bytes=config.cold.block_cache_mb << 20,
             counters=Counters(),
         )
     return StorageService(
@@ -166,6 +167,7 @@ async def _serve(name: str, folder: Path, config: Config) -> None:
     server = DirectServer(
         handle,
         secret,
+        begin=service.begin,
         name=name,
         unix_path=topology.addresses[name].unix_path,
         max_reply_bytes=queued_mb(tier, config) << 20,

@@ -29,10 +29,10 @@ from timetier.cluster.memory.glances import Glances, Label
 from timetier.cluster.memory.incarnations import Incarnations
 from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.pages import Page
-from timetier.cluster.memory.suspicion import Suspicion
 from timetier.cluster.messages import FoundItems, ReadItems, Same, decode, encode, pack_u32
 from timetier.cluster.paxos.versions import Versions
 from timetier.cluster.storage.version_cache import Owner, VersionCache
+from timetier.cluster.suspicion import Suspicion
 
 T = TypeVar("T")
 
@@ -61,10 +61,9 @@ class Budget:
         for owner in self._owners:
             self._load(timeline_key(TABLE, owner.encode(), BUCKETS))
         self._glances = Glances(
-            Suspicion(first_s=1.0, longest_s=8.0),
+            Suspicion(time.monotonic, first_s=1.0, longest_s=8.0),
             Incarnations(),
             Counters(),
-            clock=time.monotonic,
             attempt_timeout_s=0.3,
             probation_timeout_s=0.1,
         )

@@ -22,6 +22,7 @@ from timetier.jobs.bench import TimeTierSubject
 from timetier.jobs.bench_data import Dataset
 from timetier.jobs.bench_report import merging, storage_counters
 from timetier.jobs.bench_workloads import WORKLOADS, Bench, Subject, Workload, check, check_pages, client_cpu, load
+from timetier.jobs.cli_sink import follow_sink
 
 from .cold import ColdReads
 from .processes import cpu_by_part
@@ -90,9 +91,8 @@ class TimeTierClient:
         start_cluster(None, namespace=NAMESPACE, data_dir=folder)
         store = await connect_async(namespace=NAMESPACE)
         nodes = (await store.status())["nodes"]
-        return cls(
-            store, {name: node["pid"] for name, node in nodes.items()}, ColdReads(store, folder, NAMESPACE, seed)
-        )
+        cold = ColdReads(store, folder, _sink, seed)
+        return cls(store, {name: node["pid"] for name, node in nodes.items()}, cold)
 
     async def load_pages(self, data: Dataset) -> None:
         """Pages are of the same items."""
@@ -102,6 +102,15 @@ class TimeTierClient:
 
     async def close(self) -> None:
         await self._store.close()
+
+
+async def _sink(table: str, before: int) -> None:
+    from timetier.actors.jobs_client import SUCCEEDED, SinkOptions  # imports Ray, which is connected by now
+
+    options = SinkOptions(before=before, by_event_time=True, table=table)
+    found = await follow_sink(NAMESPACE, options, lambda done, total: None)
+    if found["state"] != SUCCEEDED:
+        raise RuntimeError(f"the sink failed: {found['reason']}")
 
 
 class Worker:

@@ -29,6 +29,7 @@ from timetier.cluster.messages import Accepts, PeerBatch, decode, encode
 from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import JOIN_S, VOTING, Replica
 from timetier.cluster.storage.engine import RocksEngine
+from timetier.cluster.storage.version_cache import Owner, VersionCache
 
 ITEMS_PER_CALL = 1_000
 VALUE_BYTES = 200
@@ -76,6 +77,9 @@ class Budget:
             rng=random.Random(number),
             wall_us=lambda: time.time_ns() // 1000,
             counters=Counters(),
+            versions=VersionCache(
+                bytearray(storage.version_cache_mb << 20), Owner(b"", life=number + 1, past=None, seed=0)
+            ),
         )
 
     def call(self) -> None:

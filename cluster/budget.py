@@ -9,8 +9,8 @@ The budget is the sum of all bounds; usually a node takes far less, because they
   serves, for replies that nobody reads, for states and for early messages of its peers;
 - a cache node: `budget_mb`; `block_cache_mb`; its queue of reads; `max_fetched_mb`; twice `max_queued_mb`,
   for answers under way and for replies that nobody reads;
-- a cold node: 32 MiB for each of its `read_threads`; 128 MiB of pieces to be written; 256 MiB of replies that nobody
-  reads.
+- a cold node: `block_cache_mb`; 64 MiB for each of its `read_threads`, for a block and what is decoded of it; 128 MiB
+  of pieces to be written; 256 MiB of replies that nobody reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IDS_PER_TIMELINE = 8  # request ids in memory for each timeline in memory, on av
 CARRIER_QUEUE_MB = 64  # what may wait to be sent to one node
 COLD_REPLIES_MB = 256
 COLD_WRITES_MB = 128
-COLD_PIECE_MB = 32
+COLD_READ_MB = 64
 READ_BYTES = 400
 
 
@@ -58,7 +58,9 @@ def budget_mb(tier: str, config: Config) -> int:
         kept = cache.budget_mb + cache.block_cache_mb
         reads = cache.max_queued_requests * READ_BYTES >> 20
         return PROCESS_MB + kept + reads + 2 * queued + cache.max_fetched_mb + sends_mb(tier, config)
-    return PROCESS_MB + config.cold.read_threads * COLD_PIECE_MB + COLD_WRITES_MB + queued + sends_mb(tier, config)
+    kept = config.cold.block_cache_mb
+    reads = config.cold.read_threads * COLD_READ_MB
+    return PROCESS_MB + kept + reads + COLD_WRITES_MB + queued + sends_mb(tier, config)
 
 
 def resident_mb() -> int:

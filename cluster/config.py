@@ -227,7 +227,7 @@ class CacheConfig(_Section):
         description="reads that one version check proves at the most; they come from pages in memory",
     )
     fetch_reads: StrictInt = Field(
-        default=256,
+        default=64,
         ge=1,
         le=10_000,
         description="reads that one fetch from the storage tier serves at the most; they need rows or blocks",
@@ -257,6 +257,9 @@ class ColdConfig(_Section):
     read_threads: StrictInt = Field(
         default=4, ge=1, le=256, description="block reads that a cold node does at the same time"
     )
+    block_cache_mb: StrictInt = Field(
+        default=16, ge=0, le=1_048_576, description="MiB of decoded blocks per cold node; 0 keeps none"
+    )
 
 
 class SinkConfig(_Section):
@@ -266,6 +269,9 @@ class SinkConfig(_Section):
         default=None, ge=1, description="time between two runs; null = only by hand, with `timetier sink`"
     )
     block_rows: StrictInt = Field(default=4_096, ge=16, le=1_048_576, description="rows of a block at most")
+    block_kb: StrictInt = Field(
+        default=512, ge=16, le=4_096, description="KiB of a block's rows before encoding; a larger one is alone"
+    )
     file_mb: StrictInt = Field(default=64, ge=1, le=4_096, description="MiB after which the sink begins another file")
     orphan_grace: Duration = Field(
         default=600.0, ge=1, description="age from which a cold file that no link names is removed by the next run"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from .carriers.base import CallError, Carrier
 from .effects import Call, CallFailed, Script, Sleep
@@ -12,58 +13,122 @@ from .messages import Message
 
 T = TypeVar("T")
 
+_Result = Message | CallFailed | Exception | None
 
-async def drive(script: Script[T], carrier: Carrier) -> T:
-    """Result of a script whose calls go over `carrier`.
+
+class Running(Generic[T]):
+    """A script under way, in no task: each answer resumes it where it arrives.
+
+    A turn of the event loop costs as much as a small step of a script, so answers don't wait for one.
 
     An error other than CallError (a message beyond the frame limit, say) is raised inside the script, at its yield.
-    When the driver is cancelled, calls in flight are given up and the script is closed.
     """
-    try:
-        effect = next(script)
+
+    __slots__ = ("_carrier", "_done", "_left", "_results", "_script", "_timer", "error", "is_over", "value")
+
+    def __init__(self, script: Script[T], carrier: Carrier, done: Callable[[Running[T]], None]) -> None:
+        """`done` is called once, when the script has ended, maybe before `start` returns; not after `cancel`."""
+        self.is_over = False
+        self.value: T | None = None
+        self.error: Exception | None = None
+        self._script = script
+        self._carrier = carrier
+        self._done = done
+        self._left = 0  # answers to come, and one more while calls are being made
+        self._results: list[_Result] = []  # of the present calls
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Run the script until it waits."""
+        self._resume(None, None)
+
+    def result(self) -> T:
+        """What the script returned, or its error raised."""
+        if self.error is not None:
+            raise self.error
+        value: T = self.value  # type: ignore[assignment]  # T may be None itself
+        return value
+
+    def cancel(self) -> None:
+        """Close the script; what its calls bring counts no more."""
+        if not self.is_over:
+            self.is_over = True
+            self._results = []
+            if self._timer is not None:
+                self._timer.cancel()
+            self._script.close()
+
+    def _resume(self, result: Any, error: Exception | None) -> None:
+        """Send the script results, or raise an error in it, until it waits for others."""
+        script = self._script
         while True:
             try:
-                result = await _carry_out(effect, carrier)
+                effect = script.send(result) if error is None else script.throw(error)
+            except StopIteration as stop:
+                self._end(stop.value, None)
+                return
+            except Exception as raised:
+                self._end(None, raised)
+                return
+            if isinstance(effect, Sleep):
+                self._timer = asyncio.get_running_loop().call_later(effect.seconds, self._slept)
+                return
+            self._call(effect)
+            if self._left:
+                return
+            result, error = self._gathered()
+
+    def _slept(self) -> None:
+        self._resume(asyncio.get_running_loop().time(), None)
+
+    def _call(self, calls: list[Call]) -> None:
+        """Make calls in parallel."""
+        results: list[_Result] = [None] * len(calls)
+        self._results = results
+        self._left = len(calls) + 1
+        begin = self._carrier.begin
+        for index, call in enumerate(calls):
+            then = partial(self._answered, results, index, call)
+            try:
+                begin(call.node, call.message, call.timeout_s, then)
             except Exception as error:
-                effect = script.throw(error)
-            else:
-                effect = script.send(result)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
+                then(error)
+        self._left -= 1
+
+    def _answered(self, results: list[_Result], index: int, call: Call, outcome: Message | Exception) -> None:
+        if results is not self._results:
+            return  # cancelled
+        if isinstance(outcome, CallError):
+            results[index] = CallFailed(call.node, outcome.message, outcome.sent)
+        else:
+            results[index] = outcome
+        self._left -= 1
+        if not self._left:
+            self._resume(*self._gathered())
+
+    def _gathered(self) -> tuple[list[_Result], Exception | None]:
+        """What the calls brought, and the first error to be raised."""
+        return self._results, next((one for one in self._results if isinstance(one, Exception)), None)
+
+    def _end(self, value: T | None, error: Exception | None) -> None:
+        self.is_over = True
+        self.value, self.error = value, error
+        self._done(self)
+
+
+async def drive(script: Script[T], carrier: Carrier) -> T:
+    """Result of a script whose calls go over `carrier`. When the driver is cancelled, the script is closed."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(_: Running[T]) -> None:
+        if not future.done():
+            future.set_result(None)
+
+    running = Running(script, carrier, done)
+    running.start()
+    try:
+        if not running.is_over:
+            await future
     finally:
-        script.close()
-
-
-async def _carry_out(effect: list[Call] | Sleep, carrier: Carrier) -> Any:
-    if isinstance(effect, Sleep):
-        await asyncio.sleep(effect.seconds)
-        return asyncio.get_running_loop().time()
-    if len(effect) == 1:
-        call = effect[0]
-        return [await _answer(call, carrier.call(call.node, call.message, call.timeout_s))]
-    return await _call_all(effect, carrier)
-
-
-async def _call_all(calls: list[Call], carrier: Carrier) -> list[Message | CallFailed]:
-    """Results of calls made in parallel."""
-    started: list[asyncio.Future[Message]] = []
-    results: list[Message | CallFailed] = []
-    try:
-        for call in calls:
-            started.append(carrier.start(call.node, call.message, call.timeout_s))
-        for call, future in zip(calls, started, strict=True):
-            results.append(await _answer(call, future))
-        return results
-    except BaseException:
-        for future in started:
-            future.cancel()
-        await asyncio.gather(*started, return_exceptions=True)
-        raise
-
-
-async def _answer(call: Call, answer: Awaitable[Message]) -> Message | CallFailed:
-    try:
-        return await answer
-    except CallError as error:
-        return CallFailed(call.node, error.message, error.sent)
+        running.cancel()
+    return running.result()

@@ -34,7 +34,15 @@ class Gate:
 
     @contextmanager
     def entered(self, requests: int, nbytes: int) -> Iterator[None]:
-        """Count a call for as long as it is under way. Raises Unavailable when there is no room for it.
+        """Count a call for as long as it is under way. Raises Unavailable when there is no room for it."""
+        self.enter(requests, nbytes)
+        try:
+            yield
+        finally:
+            self.leave(requests, nbytes)
+
+    def enter(self, requests: int, nbytes: int) -> None:
+        """Count a call until it leaves. Raises Unavailable when there is no room for it.
 
         An idle gate takes any call: one that is too large for good must be refused for that by somebody else.
         """
@@ -47,11 +55,11 @@ class Gate:
             )
         self.requests += requests
         self.nbytes += nbytes
-        try:
-            yield
-        finally:
-            self.requests -= requests
-            self.nbytes -= nbytes
+
+    def leave(self, requests: int, nbytes: int) -> None:
+        """A call is not under way any more."""
+        self.requests -= requests
+        self.nbytes -= nbytes
 
 
 def overloaded(message: str) -> Unavailable:

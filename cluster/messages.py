@@ -698,16 +698,25 @@ class Scanned(_Message):
 
 
 class BlockRead(_Message):
-    """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C)."""
+    """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C).
+
+    `owner`: only the rows of this owner are wanted, of a block of `format`; b"" for the block as it is.
+    """
 
     file: str
     offset: int
     length: int
     crc: int
+    owner: bytes = b""
+    format: int = 0
 
 
 class BlockBytes(_Message):
+    """`part`: the data is a block of its own, with the rows of the owner that was asked for; `crc`: its CRC32C."""
+
     data: bytes
+    part: bool = False
+    crc: int = 0
 
 
 class FileWrite(_Message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from .carriers.base import Reply
 from .counters import Counters
 from .messages import Message
 from .topology import Topology
@@ -19,6 +20,9 @@ class Service(Protocol):
 
     async def handle(self, message: Message) -> Message | None:
         """Answer one message (None for a one-way message). Raises a TimeTierError, which goes to the caller."""
+
+    def begin(self, message: Message, reply: Reply) -> bool:
+        """Answer one message without a task, at once or later. False for one that is to go to `handle`."""
 
     def update(self, topology: Topology) -> None:
         """Take note of a changed topology."""

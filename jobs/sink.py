@@ -58,7 +58,10 @@ async def run_sink(store: ClusterStore, tasks: list[TableSink], run: str, now_us
     """Run the sink with a connected store; the Router is told how it goes, if it answers."""
     config = store.config.sink
     settings = SinkSettings(
-        block_rows=config.block_rows, file_bytes=config.file_mb << 20, orphan_grace_s=config.orphan_grace
+        block_rows=config.block_rows,
+        block_bytes=config.block_kb << 10,
+        file_bytes=config.file_mb << 20,
+        orphan_grace_s=config.orphan_grace,
     )
     last: list[SinkProgress] = []
     name = re.sub("[^a-z0-9-]", "-", run.lower())[-40:]

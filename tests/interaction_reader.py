@@ -15,11 +15,12 @@ from interaction_calls import HandAnswered
 from interaction_group import HandDriven
 from interaction_text import BUCKETS, TABLE, item_text
 from timetier.cluster.cold.block import DecodedBlock, FileBuilder, Rows, decode_block
+from timetier.cluster.cold.block_cache import BlockCache
 from timetier.cluster.cold.link import FORMAT, Link
 from timetier.cluster.effects import Script
 from timetier.cluster.errors import Corrupt, TimeTierError
 from timetier.cluster.keys import bucket_of, item_key, split_timeline, timeline_hash
-from timetier.cluster.memory.page_cache import BlockCache, PageCache
+from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.reading import Reader
 from timetier.cluster.memory.requests import PageAnswer, Read
 from timetier.cluster.memory.steps import Step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class MemoryEngine:
@@ -28,6 +28,9 @@ class MemoryEngine:
 
     def put(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))
+
+    def put_all(self, keys: Iterable[bytes], values: Iterable[bytes]) -> None:
+        self._pending.extend(zip(keys, values, strict=True))
 
     def delete(self, key: bytes) -> None:
         self._pending.append((key, None))

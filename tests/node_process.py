@@ -88,6 +88,7 @@ async def serve(name: str, folder: Path, config: Config) -> None:
     server = DirectServer(
         handle,
         secret,
+        begin=service.begin,
         name=name,
         unix_path=topology.addresses[name].unix_path,
         max_reply_bytes=queued_mb(tier, config) << 20,

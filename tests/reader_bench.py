@@ -6,8 +6,9 @@ import random
 
 from storage_model import World, key_of, topology
 from timetier.cluster.cold.block import DecodedBlock
+from timetier.cluster.cold.block_cache import BlockCache
 from timetier.cluster.keys import item_key
-from timetier.cluster.memory.page_cache import BlockCache, PageCache
+from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.reading import Reader
 from timetier.cluster.memory.requests import ItemAnswer, PageAnswer, Read
 from timetier.cluster.memory.steps import Job, ReaderSettings

@@ -12,6 +12,7 @@ from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import Identity, open_identity
 from timetier.cluster.messages import PUT, Write, Written, pack_i64, pack_u32, unpack_i64
+from timetier.cluster.storage.flusher import IN_PLACE_S
 from timetier.cluster.storage.home import OpenEngine
 from timetier.cluster.storage.service import StorageService, free_bytes
 from timetier.cluster.storage.version_home import VersionHome
@@ -60,8 +61,10 @@ class StorageCluster:
         *,
         free_bytes: Callable[[Path], int] = free_bytes,
         open_engine: OpenEngine | None = None,
+        flush_in_place_s: float = IN_PLACE_S,
     ) -> None:
         self.folder = folder
+        self.flush_in_place_s = flush_in_place_s
         self.open_engine = open_engine
         self.free_bytes = free_bytes
         self.config = config or StorageConfig(engine_cache_mb=8, engine_write_buffer_mb=4)
@@ -97,6 +100,7 @@ class StorageCluster:
             free_bytes=self.free_bytes,
             open_engine=self.open_engine,
             versions=self.memory_of(identity),
+            flush_in_place_s=self.flush_in_place_s,
         )
         try:
             await service.start()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import google_crc32c
-from timetier.cluster.cold.block import FileBuilder
+from timetier.cluster.cold.block import FileBuilder, decode_block
 from timetier.cluster.cold.block import Rows as BlockRows
 from timetier.cluster.effects import Call, CallFailed, Script, Sleep
 from timetier.cluster.keys import (
@@ -436,7 +436,10 @@ class World:
         data = bytes(file[message.offset : message.offset + message.length])
         if not node.lies and google_crc32c.value(data) != message.crc:
             return Failure("Corrupt", f"{message.file} is damaged", {"reason": "checksum"})
-        return BlockBytes(data)
+        if node.lies or not message.owner:
+            return BlockBytes(data)
+        part = decode_block(data, message.format).part_of(message.owner)
+        return BlockBytes(part, True, google_crc32c.value(part))
 
     # ------------------------------------------------------------ noise
 

@@ -18,14 +18,14 @@ PURE = [
         ROOT / "cluster" / "memory" / f"{name}.py"
         for name in (
             *("answering", "block_reads", "hot_cold", "page_cache", "pages", "reading"),
-            *("requests", "steps", "suspicion", "votes"),
+            *("requests", "steps", "votes"),
         )
     ),
-    *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "suspects", "view")),
+    *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "view")),
     *(ROOT / "cluster" / "cold" / f"{name}.py" for name in ("orphans", "sink_calls", "sink_script", "sinking")),
     *(
         ROOT / "cluster" / f"{name}.py"
-        for name in ("comparing", "effects", "keys", "placement", "routing", "topology", "verifying")
+        for name in ("comparing", "effects", "keys", "placement", "routing", "suspicion", "topology", "verifying")
     ),
 ]
 

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import socket
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
+from weakref import WeakKeyDictionary
 
 from ..counters import Counters
 from .framing import HEADER, FrameError, FrameParser
@@ -53,6 +55,46 @@ class BoundedLog:
             self._logger.warning("%s", text[:MAX_LINE_LENGTH])  # it may quote what a peer sent
 
 
+class Cork:
+    """Connections of one event loop with frames that are to leave: at the end of what is being received, else at the
+    end of the loop's turn. So frames of one turn share a system call, and an answer does not wait for a turn."""
+
+    _by_loop: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Cork]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._waiting: list[FrameConnection] = []
+        self._receiving = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Cork:
+        """The cork of a loop."""
+        cork = cls._by_loop.get(loop)
+        if cork is None:
+            cork = cls._by_loop[loop] = cls()
+        return cork
+
+    def add(self, connection: FrameConnection) -> None:
+        """Have a connection flushed, which has frames since just now."""
+        if not self._waiting and not self._receiving:
+            connection.loop.call_soon(self.flush)
+        self._waiting.append(connection)
+
+    def received(self, take: Callable[[], None]) -> None:
+        """Take what has arrived, and send at its end what was written meanwhile."""
+        self._receiving = True
+        try:
+            take()
+        finally:
+            self._receiving = False
+            self.flush()
+
+    def flush(self) -> None:
+        """Let all leave."""
+        waiting, self._waiting = self._waiting, []
+        for connection in waiting:
+            connection.flush()
+
+
 class FrameConnection(asyncio.Protocol):
     """One connection. Sides add what they do when it opens (`opened`), with frames (`take_frames`) and at its end
     (`lost`)."""
@@ -69,7 +111,8 @@ class FrameConnection(asyncio.Protocol):
         self.handshake = handshake
         self.transport: asyncio.Transport
         self._log = log
-        self._corked: deque[bytes] = deque()  # parts of frames that wait for the end of this loop turn, or for the peer
+        self._cork = Cork.of(self.loop)
+        self._corked: deque[bytes] = deque()  # parts of frames that wait to leave, or for the peer
         self._corked_bytes = 0
 
     # ------------------------------------------------------------ what a side adds
@@ -98,7 +141,7 @@ class FrameConnection(asyncio.Protocol):
         try:
             if self.handshake.done:
                 self.parser.feed(data)
-                self.take_frames()
+                self._cork.received(self.take_frames)
                 return
             answer = self.handshake.receive(data)
             if self.handshake.done:
@@ -125,9 +168,9 @@ class FrameConnection(asyncio.Protocol):
         return self._corked_bytes + self.transport.get_write_buffer_size()
 
     def write_frame(self, call_id: int, kind: int, payload: bytes) -> None:
-        """Send a frame at the end of this loop turn, together with all others of it."""
+        """Send a frame with all others that are written meanwhile, see `Cork`."""
         if not self._corked:
-            self.loop.call_soon(self.flush)
+            self._cork.add(self)
         self._corked.append(HEADER.pack(len(payload), call_id, kind))
         self._corked.append(payload)
         self._corked_bytes += HEADER.size + len(payload)

@@ -9,12 +9,13 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 from ..counters import Counters
 from ..errors import ProtocolError
 from ..messages import MAX_FRAME_BYTES, Message, encode
-from .base import Address, CallError, decode_answer
+from .base import Address, CallError, Then, begin_task, decode_answer, settle
 from .connection import BoundedLog, FrameConnection
 from .framing import HEADER, ONE_WAY, REPLY, REQUEST, FrameError
 from .handshake import NONCE_BYTES, ClientHandshake, check_secret
@@ -73,21 +74,25 @@ class DirectCarrier:
             started_s = asyncio.get_running_loop().time()
             connection = await peer.connect(timeout_s)
             timeout_s -= asyncio.get_running_loop().time() - started_s
-        return await connection.begin(frame, timeout_s)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        call_id = connection.begin(frame, timeout_s, partial(settle, answer))
+        try:
+            return await answer
+        finally:
+            connection.forget(call_id)
 
-    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
         """Begin a `call`; on an open connection that takes no task."""
-        loop = asyncio.get_running_loop()
         peer = self._peers.get(node)
         if peer is None or peer.connection is None:
-            return loop.create_task(self.call(node, message, timeout_s))
+            begin_task(self.call(node, message, timeout_s), then)
+            return
+        frame = encode(message)
         self.counters.add("calls")
         try:
-            return peer.connection.begin(encode(message), timeout_s)
+            peer.connection.begin(frame, timeout_s, then)
         except CallError as error:
-            failed: asyncio.Future[Message] = loop.create_future()
-            failed.set_exception(error)
-            return failed
+            then(error)
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way. While the connection is being opened the frame waits for it, within `max_queue_bytes`."""
@@ -257,7 +262,7 @@ class Peer:
 class _InFlight(NamedTuple):
     """A call that waits for its answer."""
 
-    answer: asyncio.Future[Message]
+    then: Then
     deadline_s: float
     timeout_s: float
 
@@ -276,8 +281,9 @@ class ClientConnection(FrameConnection):
         self._last_id = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all calls: most are answered long before
 
-    def begin(self, frame: bytes, timeout_s: float) -> asyncio.Future[Message]:
-        """Send a request; the future has its answer, or CallError. Raises CallError when it can't be sent."""
+    def begin(self, frame: bytes, timeout_s: float, then: Then) -> int:
+        """Send a request; `then` is told its answer, or CallError. Returns the call's number. Raises CallError when it
+        can't be sent."""
         if self.closing:
             raise CallError(f"the connection to {self._name} ended: {self.end_reason}", sent=False)
         if timeout_s <= 0:
@@ -285,13 +291,16 @@ class ClientConnection(FrameConnection):
         if self.queued_bytes() >= self._max_queue_bytes or len(self._calls) >= MAX_CALLS:
             raise CallError(f"too much waits to be sent to {self._name}", sent=False)
         self._last_id = call_id = self._last_id + 1
-        future: asyncio.Future[Message] = self.loop.create_future()
         deadline_s = self.loop.time() + timeout_s
-        self._calls[call_id] = _InFlight(future, deadline_s, timeout_s)
+        self._calls[call_id] = _InFlight(then, deadline_s, timeout_s)
         self.write_frame(call_id, REQUEST, frame)
         if self._timer is None or deadline_s < self._timer.when():
             self._wake_at(deadline_s)
-        return future
+        return call_id
+
+    def forget(self, call_id: int) -> None:
+        """Nobody waits for the answer to a call any more."""
+        self._calls.pop(call_id, None)
 
     def send(self, frame: bytes) -> bool:
         """Send one way. False when too much waits already."""
@@ -316,13 +325,15 @@ class ClientConnection(FrameConnection):
             if kind != REPLY or call_id > self._last_id:
                 raise FrameError("malformed_frames", "a frame that answers nothing")
             call = self._calls.pop(call_id, None)
-            if call is None or call.answer.done():
+            if call is None:
                 self.counters.add("late_replies")
                 continue
             try:
-                call.answer.set_result(decode_answer(payload))
+                answer = decode_answer(payload)
             except ProtocolError as error:
+                self._calls[call_id] = call  # it fails with all others
                 raise FrameError("malformed_frames", str(error)) from None
+            self._tell(call, answer)
 
     def lost(self, reason: str) -> None:
         if not self.ready.done():
@@ -333,12 +344,18 @@ class ClientConnection(FrameConnection):
         self._peer.lost(self, reason)
 
     def _fail_calls(self, reason: str) -> None:
-        for call in self._calls.values():
-            if not call.answer.done():
-                call.answer.set_exception(CallError(f"the connection to {self._name} ended: {reason}", sent=True))
-        self._calls.clear()
+        calls, self._calls = self._calls, {}
         if self._timer is not None:
             self._timer.cancel()
+        for call in calls.values():
+            self._tell(call, CallError(f"the connection to {self._name} ended: {reason}", sent=True))
+
+    def _tell(self, call: _InFlight, outcome: Message | Exception) -> None:
+        """Tell a caller; its errors are not those of the connection, which others use too."""
+        try:
+            call.then(outcome)
+        except Exception:
+            logger.exception("what came of a call to %s could not be taken", self._name)
 
     def _wake_at(self, deadline_s: float) -> None:
         if self._timer is not None:
@@ -346,17 +363,13 @@ class ClientConnection(FrameConnection):
         self._timer = self.loop.call_at(deadline_s, self._expire)
 
     def _expire(self) -> None:
-        """Fail the calls whose time is over, and forget those that nobody waits for any more."""
+        """Fail the calls whose time is over."""
         self._timer = None
         now_s = self.loop.time()
-        over = [
-            (number, call) for number, call in self._calls.items() if call.answer.done() or call.deadline_s <= now_s
-        ]
-        for number, call in over:
-            del self._calls[number]
-            if not call.answer.done():
-                self.counters.add("timeouts")
-                reason = f"no answer of {self._name} within {call.timeout_s:.3f} s"
-                call.answer.set_exception(CallError(reason, sent=True))
+        over = [number for number, call in self._calls.items() if call.deadline_s <= now_s]
+        calls = [self._calls.pop(number) for number in over]
         if self._calls:
             self._wake_at(min(call.deadline_s for call in self._calls.values()))
+        for call in calls:
+            self.counters.add("timeouts")
+            self._tell(call, CallError(f"no answer of {self._name} within {call.timeout_s:.3f} s", sent=True))

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..counters import Counters
 from ..errors import InvalidRequest, ProtocolError
 from ..gate import overloaded
-from ..messages import MAX_FRAME_BYTES, decode, encode, failure
-from .base import Address, Handler, answer_message
+from ..messages import MAX_FRAME_BYTES, Message, decode, encode, failure
+from .base import Address, Begin, Handler, encode_reply, no_fast_door
 from .connection import WRITE_BYTES, BoundedLog, FrameConnection, host_id
 from .framing import ONE_WAY, REPLY, REQUEST, FrameError
 from .handshake import NONCE_BYTES, ServerHandshake, check_secret
@@ -35,10 +35,12 @@ class DirectServer:
     """Answers frames that arrive on a Unix socket, a TCP port, or both.
 
     Each request is answered by a task of its own, so replies leave in any order; tasks start in the order of
-    arrival. When a connection ends, its handlers run on to their end, for half a write helps nobody.
+    arrival. What `begin` takes needs no task, and is answered without a further turn of the loop if it can be. When a
+    connection ends, its handlers run on to their end, for half a write helps nobody.
 
-    `handler`: the node's front door. `secret`: shared by all members, 16 bytes or more. `name`: the node's name;
-    a peer that looks for another node is refused ("" takes any). `unix_path`: a socket there is replaced.
+    `handler`: the node's front door; `begin`: its fast door. `secret`: shared by all members, 16 bytes or more.
+    `name`: the node's name; a peer that looks for another node is refused ("" takes any). `unix_path`: a socket there
+    is replaced.
     `max_connections`: peers that know the secret. `max_in_flight`: requests of one connection that are being
     answered; further ones stay unread. `max_handlers`: the same of all connections together; further ones are
     refused with `Unavailable`. `max_reply_bytes`: replies that wait to be read; beyond it a peer that leaves more than
@@ -53,6 +55,7 @@ class DirectServer:
         handler: Handler,
         secret: bytes,
         *,
+        begin: Begin = no_fast_door,
         name: str = "",
         unix_path: str | None = None,
         tcp_host: str | None = None,
@@ -68,6 +71,7 @@ class DirectServer:
         if unix_path is None and tcp_host is None:
             raise InvalidRequest("unix_path, tcp_host: give at least one of them to listen on")
         self.handler = handler
+        self.begin = begin
         self.secret = check_secret(secret)
         self.name = name
         self.unix_path = unix_path or ""
@@ -84,6 +88,7 @@ class DirectServer:
         self.strangers: dict[ServerConnection, None] = {}  # oldest first
         self.members: set[ServerConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.begun = 0  # requests that `begin` has taken, and not answered yet
         self.stopping = False
         self._tls = tls
         self._listeners: list[asyncio.Server] = []
@@ -140,6 +145,10 @@ class DirectServer:
         self.tasks.clear()
         await asyncio.gather(*(connection.ended for connection in connections))
 
+    def at_work(self) -> int:
+        """Requests that are being answered."""
+        return len(self.tasks) + self.begun
+
     def reply_bytes(self) -> int:
         """Replies that wait to be read by peers."""
         return sum(connection.queued_bytes() for connection in self.members)
@@ -192,6 +201,7 @@ class ServerConnection(FrameConnection):
         self._server = server
         self._in_flight = 0
         self._reading = True
+        self._taking = False  # frames are being taken
         self._peer_reads = True
         self._deadline: asyncio.TimerHandle
         self._unread: asyncio.TimerHandle  # while the peer does not read
@@ -213,7 +223,7 @@ class ServerConnection(FrameConnection):
         server = self._server
         if len(server.members) >= server.max_connections:
             raise FrameError("refused_handshakes", f"there are {server.max_connections} connections already")
-        if len(server.tasks) >= server.max_handlers:
+        if server.at_work() >= server.max_handlers:
             raise FrameError("refused_handshakes", "too many handlers of ended connections still run")
         self._deadline.cancel()
         server.strangers.pop(self, None)
@@ -231,11 +241,18 @@ class ServerConnection(FrameConnection):
         self._count_open()
 
     def take_frames(self) -> None:
+        self._taking = True
+        try:
+            self._read(self._take_frames())
+        finally:
+            self._taking = False
+
+    def _take_frames(self) -> bool:
+        """Take the frames that are there. False when some are left, since the peer has too many requests or replies."""
         server = self._server
         while not self.closing:
             if self._in_flight >= server.max_in_flight or not self._peer_reads:
-                self._read(False)
-                return
+                return False
             frame = self.parser.next()
             if frame is None:
                 break
@@ -246,14 +263,19 @@ class ServerConnection(FrameConnection):
                 self.counters.add("one_way_frames")
             else:
                 raise FrameError("malformed_frames", "a reply where a request was due")
-            if kind == REQUEST and len(server.tasks) >= server.max_handlers:
+            if kind == REQUEST and server.at_work() >= server.max_handlers:
                 self.counters.add("overload_refusals")
-                refusal = failure(overloaded(f"{server.name} answers {len(server.tasks)} requests already"))
+                refusal = failure(overloaded(f"{server.name} answers {server.at_work()} requests already"))
                 self._reply(call_id, encode(refusal))
                 continue
+            try:
+                message = decode(payload)
+            except ProtocolError as error:
+                raise FrameError("malformed_frames", str(error)) from None
             self._in_flight += 1
-            server.tasks.add(self.loop.create_task(self._answer(call_id, payload)))
-        self._read(True)
+            if not self._begin(call_id, message):
+                server.tasks.add(self.loop.create_task(self._answer(call_id, message)))
+        return True
 
     def pause_writing(self) -> None:
         self._peer_reads = False
@@ -269,25 +291,51 @@ class ServerConnection(FrameConnection):
         if self._peer_reads:
             self._go_on()
 
-    async def _answer(self, call_id: int, payload: bytes | memoryview) -> None:
+    def _begin(self, call_id: int, message: Message) -> bool:
+        """Offer a message at the fast door."""
+        server = self._server
+        server.begun += 1
+        is_open = True
+
+        def reply(answer: Message | Exception | None) -> None:
+            nonlocal is_open
+            if is_open:
+                is_open = False
+                server.begun -= 1
+                self._answered(call_id, answer)
+
         try:
-            message = decode(payload)
-            del payload  # a request may wait for long, and has its bytes by now
-            reply = await answer_message(self._server.handler, message)
-            if call_id:  # a one-way frame has none
-                self._reply(call_id, reply)
-        except ProtocolError as error:
-            self.drop("malformed_frames", str(error))
+            if server.begin(message, reply):
+                return True
         except Exception as error:
-            logger.exception("a reply could not be sent")
-            self.drop("dropped_frames", f"a reply could not be sent: {error}")
+            reply(error)
+            return True
+        server.begun -= 1
+        return False
+
+    async def _answer(self, call_id: int, message: Message) -> None:
+        answer: Message | Exception | None
+        try:
+            answer = await self._server.handler(message)
+        except Exception as error:
+            answer = error
         finally:
             task = asyncio.current_task()
             if task is not None:
                 self._server.tasks.discard(task)
-            self._in_flight -= 1
-            if not self._reading and self._in_flight <= self._server.max_in_flight // 2:
-                self._go_on()
+        self._answered(call_id, answer)
+
+    def _answered(self, call_id: int, answer: Message | Exception | None) -> None:
+        """Send the answer to a request, and read on if the peer had too many."""
+        self._in_flight -= 1
+        try:
+            if call_id:  # a one-way frame has none
+                self._reply(call_id, encode_reply(answer))
+        except Exception as error:
+            logger.exception("a reply could not be sent")
+            self.drop("dropped_frames", f"a reply could not be sent: {error}")
+        if not self._reading and not self._taking and self._in_flight <= self._server.max_in_flight // 2:
+            self._go_on()
 
     def _reply(self, call_id: int, reply: bytes) -> None:
         if self.closing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ProtocolError
 from ..messages import Message, encode
-from .base import Address, CallError, Handler, answer_frame, decode_answer
+from .base import Address, CallError, Handler, Then, answer_frame, begin_task, decode_answer
 
 MAX_HELD = 10_000  # messages on one held link; further ones are lost
 
@@ -174,9 +174,9 @@ class MemoryCarrier:
         except TimeoutError:
             raise CallError(f"no answer of {node} within {timeout_s:.3f} s", sent=True) from None
 
-    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
         """Begin a `call`."""
-        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+        begin_task(self.call(node, message, timeout_s), then)
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way, in order per node."""

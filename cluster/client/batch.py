@@ -16,11 +16,11 @@ from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Rejected, TimeTierError, TooLarge, Unavailable
 from ..keys import MAX_BATCH_ITEMS, is_system, split_timeline
 from ..messages import MISPLACED, STALE, UNAVAILABLE, Failure, Message
+from ..suspicion import hint_s
 from .view import View
 
 MAX_MESSAGE_BYTES = 8 << 20  # a message with more than one request stays below this
 MAX_MESSAGE_ITEMS = MAX_BATCH_ITEMS
-MAX_HINT_S = 60.0  # no node is left alone for longer because it said so
 _HASTY_ROUNDS = 3  # as many as a group has replicas; each further so many double the time of an attempt
 _MAX_DOUBLINGS = 6
 ANSWER_SHARE = 0.9  # of an attempt's time is the node's: it should still be able to say what became of the request
@@ -39,7 +39,12 @@ R = TypeVar("R")
 
 
 class Batch(ABC, Generic[Q, R]):
-    """One batch of requests on its way. A kind of batch says where its requests may go and what answers mean."""
+    """One batch of requests on its way. A kind of batch says where its requests may go and what answers mean.
+
+    `slack_s`: how much longer than usual a node may take for each request of a message.
+    """
+
+    slack_s = 0.0
 
     def __init__(self, view: View, requests: Sequence[Q], timeout_s: float) -> None:
         self.view = view
@@ -159,15 +164,18 @@ class Batch(ABC, Generic[Q, R]):
         hasty = self._tried.keys().isdisjoint(indices)
         # When all of them have been silent, the store may be slow: more haste would be more load, and never an answer.
         patience = 1 << min(self._silent_rounds // _HASTY_ROUNDS, _MAX_DOUBLINGS)
-        attempt_s = min(self.view.attempt_timeout_s(node, hasty=hasty) * patience, left_s)
+        usual_s = self.view.attempt_timeout_s(node, hasty=hasty) * patience
+        attempt_s = min(usual_s + self.slack_s * len(indices), left_s)
         node_ms = max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
         return Call(node, self.message(indices, node_ms), attempt_s)
 
     def _take(self, node: str, indices: list[int], answer: Any) -> None:
         if isinstance(answer, CallFailed):
-            self.view.suspect(node)
             if answer.sent:
+                self.view.suspect(node)
                 self.doubt(indices)
+            else:
+                self.view.unreachable(node)
             self.retry(node, indices, answer.reason)
         elif isinstance(answer, Failure):
             self._take_failure(node, indices, answer)
@@ -188,9 +196,9 @@ class Batch(ABC, Generic[Q, R]):
         else:
             if kind is not Unavailable or answer.fields.get("internal"):
                 self.doubt(indices)
-            hint_s = _hint_s(answer)
-            if hint_s:
-                self._take_hint(node, indices, answer, hint_s)
+            seconds = hint_s(answer)
+            if seconds:
+                self._take_hint(node, indices, answer, seconds)
             else:
                 self.view.suspect(node)
                 self.retry(node, indices, answer.message)
@@ -249,12 +257,6 @@ class Batch(ABC, Generic[Q, R]):
             why = "the store was closed" if self.view.closing else f"no answer within {self.timeout_s:g} s"
             hint_s = self._hints.get(index, self.view.settings.back_off_max_s)
             self.results[index] = self.late(index, f"{what}: {why} (last: {last})", hint_s)
-
-
-def _hint_s(answer: Failure) -> float:
-    """Seconds after which the node wants to be asked again, 0 if it did not say."""
-    hint_s = answer.fields.get("retry_after_s")
-    return min(float(hint_s), MAX_HINT_S) if isinstance(hint_s, int | float) and hint_s > 0 else 0.0
 
 
 def describe(timeline: bytes) -> str:

@@ -9,6 +9,7 @@ import datetime
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..errors import InvalidRequest, Rejected, TooLarge
 from ..keys import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ITEMS,
+    MAX_OWNER_BYTES,
     MAX_TABLE_BYTES,
     MAX_TIMESTAMP,
     MAX_VALUE_BYTES,
@@ -211,8 +213,12 @@ def wipe_request(table: bytes, buckets: int, owner: str | bytes, if_version: int
 
 def put_requests(table: bytes, buckets: int, items: Iterable[PutLike]) -> ManyWrites:
     """Requests that write many items; of two with one key the later wins. Raises InvalidRequest or TooLarge."""
+    items = list(islice(_each("items", items), MAX_BATCH_ITEMS + 1))
+    quick = _plain_puts(table, buckets, items)
+    if quick is not None:
+        return quick
     grouping = _Grouping(table, buckets, PUT)
-    for item in _each("items", items):
+    for item in items:
         try:
             if type(item) is tuple and len(item) == 3:
                 owner, timestamp, value = item
@@ -228,6 +234,47 @@ def put_requests(table: bytes, buckets: int, items: Iterable[PutLike]) -> ManyWr
         except Rejected as error:
             raise grouping.at(error) from None
     return grouping.writes()
+
+
+def _plain_puts(table: bytes, buckets: int, items: list[Any]) -> ManyWrites | None:
+    """The same for items of different timelines without ids, column by column; None if there is anything else among
+    them."""
+    count = len(items)
+    kinds = set(map(type, items))
+    if not 0 < count <= MAX_BATCH_ITEMS or not (kinds == {Put} or (kinds == {tuple} and set(map(len, items)) == {3})):
+        return None
+    owners, timestamps, values, *ids = zip(*items, strict=True)
+    if not _are_plain(owners, timestamps) or set(map(type, values)) != {bytes} or (ids and set(ids[0]) != {b""}):
+        return None
+    sizes = list(map(len, values))
+    most = sum(sizes) + count * (MIN_ITEM_KEY_BYTES + MAX_OWNER_BYTES)
+    if max(sizes) > MAX_VALUE_BYTES or most > MAX_BATCH_BYTES:
+        return None
+    try:
+        timelines = [_kept_timeline(table, owner, buckets) for owner in owners]
+    except Rejected:
+        return None  # the other way says which one it was
+    if len(set(timelines)) < count:
+        return None
+    keys = item_keys(np.array(timestamps, dtype=np.int64))
+    kind = bytes((PUT,))
+    fixed = REQUEST_BYTES + MIN_ITEM_KEY_BYTES
+    columns = zip(timelines, keys, values, sizes, strict=True)
+    requests = [
+        WriteRequest(timeline, kind, [key], [value], -1, b"", fixed + len(timeline) + size)
+        for timeline, key, value, size in columns
+    ]
+    return ManyWrites(requests, list(range(count)))
+
+
+def _are_plain(owners: Sequence[Any], timestamps: Sequence[Any]) -> bool:
+    """Whether columns of arguments hold owners and timestamps that need no further check but that of the owners."""
+    return (
+        set(map(type, owners)) <= {str, bytes}
+        and set(map(type, timestamps)) == {int}
+        and min(timestamps) >= MIN_TIMESTAMP
+        and max(timestamps) <= MAX_TIMESTAMP
+    )
 
 
 def delete_requests(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ManyWrites:
@@ -303,9 +350,7 @@ def _plain_addresses(table: bytes, buckets: int, addresses: list[Any]) -> ItemAd
     if not 0 < count <= MAX_BATCH_ITEMS or set(map(type, addresses)) != {tuple} or set(map(len, addresses)) != {2}:
         return None
     owners, timestamps = map(list, zip(*addresses, strict=True))
-    if not set(map(type, owners)) <= {str, bytes} or set(map(type, timestamps)) != {int}:
-        return None
-    if min(timestamps) < MIN_TIMESTAMP or max(timestamps) > MAX_TIMESTAMP:
+    if not _are_plain(owners, timestamps):
         return None
     try:
         timelines = [_kept_timeline(table, owner, buckets) for owner in owners]

@@ -7,7 +7,7 @@ import contextlib
 
 from ..carriers.base import CallError, Carrier
 from ..errors import TimeTierError
-from ..messages import Ping
+from ..messages import Message
 from .view import View
 
 
@@ -19,13 +19,12 @@ class Prober:
         self._carrier = carrier
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        view.suspects.probed = True
-        view.suspects.on_suspect = self._wake
+        self._suspicion = view.suspicion
+        self._suspicion.probed, self._suspicion.on_suspect = True, self._wake
 
     async def stop(self) -> None:
         """End the background task. Suspicion ends by time from then on."""
-        suspects = self._view.suspects
-        suspects.probed, suspects.on_suspect = False, lambda: None
+        self._suspicion.probed, self._suspicion.on_suspect = False, lambda: None
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -37,17 +36,15 @@ class Prober:
 
     async def _probe_all(self) -> None:
         """As long as there are suspected nodes. Each is probed by a task of its own: one may take its time."""
-        suspects = self._view.suspects
         under_way: dict[str, asyncio.Task[None]] = {}
         try:
-            while suspects.any_active():
+            while (due_at := self._suspicion.next_due()) is not None:
                 self._changed.clear()
-                for node in suspects.due():
+                for node, question in self._suspicion.due():
                     if node not in under_way:
-                        under_way[node] = task = asyncio.create_task(self._probe(node))
+                        under_way[node] = task = asyncio.create_task(self._probe(node, question))
                         task.add_done_callback(lambda _: self._changed.set())
-                due_at = suspects.next_due(under_way)
-                pause_s = None if due_at is None else max(0.0, due_at - self._view.now())
+                pause_s = max(0.0, (self._suspicion.next_due() or due_at) - self._view.now())
                 # Not `wait_for`: in Python 3.11 it may swallow a cancellation that comes with its result.
                 with contextlib.suppress(TimeoutError):  # then somebody is due
                     async with asyncio.timeout(pause_s):
@@ -57,11 +54,10 @@ class Prober:
             for task in under_way.values():
                 task.cancel()
 
-    async def _probe(self, node: str) -> None:
-        suspects = self._view.suspects
+    async def _probe(self, node: str, question: Message) -> None:
         try:
-            await self._carrier.call(node, Ping(), self._view.settings.attempt_timeout_s)
+            await self._carrier.call(node, question, self._view.settings.attempt_timeout_s)
         except (CallError, TimeTierError):
-            suspects.suspect(node)
+            self._suspicion.suspect(node)
         else:
-            suspects.trust(node)
+            self._suspicion.trust(node)

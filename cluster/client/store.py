@@ -137,6 +137,15 @@ class AsyncStore:
         """Version or error of each request."""
         return await self._writes.submit(self._groups([request.timeline for request in requests]), requests)
 
+    async def write_one(self, request: WriteRequest) -> int:
+        """Version of one request. Raises its error."""
+        (group,) = self._groups([request.timeline])
+        (outcome,) = await self._writes.lane(group).submit([request], request.size_bytes)
+        if isinstance(outcome, TimeTierError):
+            raise outcome
+        version: int = outcome
+        return version
+
     async def read_all_pages(self, queries: list[PageQuery]) -> list[PageResult]:
         """Pages in the order of the queries. Raises the first error there is."""
         groups = self._groups([query.timeline for query in queries])
@@ -292,7 +301,7 @@ class AsyncTable:
         return await self._write_one(shapes.wipe_request(self._raw, self._buckets, owner, if_version))
 
     async def _write_one(self, request: WriteRequest) -> int:
-        return _all_or_raise(await self.store.write_all([request]))[0]
+        return await self.store.write_one(request)
 
     async def _write_many(self, writes: ManyWrites) -> list[int]:
         if not writes.requests:

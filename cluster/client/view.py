@@ -13,8 +13,11 @@ from random import Random
 
 from ..config import ClientConfig
 from ..routing import Routing
+from ..suspicion import Suspicion
 from ..topology import Topology
-from .suspects import Suspects
+
+_JOINING_S = 10.0  # a node that the map has added may take so long until it can be reached
+_JOIN_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,8 @@ class ClientSettings:
 
     `timeout_s`: how long a request is tried, counted from the moment it is first sent; before that it may wait in
     the client's queue as long again. An error that comes later than this is a bug.
-    `attempt_timeout_s`: how long one node may take before the next one is asked. Lower means faster failover, and
-    more needless second attempts while a healthy node is busy.
+    `attempt_timeout_s`: how long one node may take before the next one is asked, a millisecond longer for each read in
+    the message. Lower means faster failover, and more needless second attempts while a healthy node is busy.
     `suspect_s`, `suspect_max_s`: a node that failed is asked last for this long, doubling with each further failure.
     `relapse_max_s`: bound for a node that answered and failed in turns: four times as long each time.
     `probation_s`, `probation_timeout_s`: for how long after a failure a node that answers again has less time, and
@@ -89,25 +92,28 @@ class View:
         self.closing = False  # calls in flight give up at their next step
         self.on_stale: Callable[[], None] = lambda: None
         self._seen: OrderedDict[bytes, int] = OrderedDict()
-        self.suspects = Suspects(
+        self.suspicion = Suspicion(
             now,
             first_s=self.settings.suspect_s,
             longest_s=self.settings.suspect_max_s,
             relapse_longest_s=self.settings.relapse_max_s,
             probation_s=self.settings.probation_s,
+            probed=False,
         )
-        self._resting: dict[str, float] = {}  # nodes that asked to be left alone, and until when
+        self.suspicion.know(topology)
+        self._joined: dict[str, float] = {}  # nodes that later maps have added, and when
         self._id_prefix = random.randbytes(8)
         self._id_counter = 0
 
     def update(self, topology: Topology) -> None:
         """Go by another map from the next attempt on."""
+        known = set(self.routing.topology.node_names())
+        names, now = topology.node_names(), self.now()
+        self._joined = {name: self._joined.get(name, now) for name in names if name not in known or name in self._joined}
         self.routing = Routing(topology)
         self.sole_cache = _sole_cache(topology)
         self.stale_map = False
-        names = set(topology.node_names())
-        self.suspects.keep(names)
-        self._resting = {node: until for node, until in self._resting.items() if node in names}
+        self.suspicion.know(topology)
 
     def mark_stale(self) -> None:
         """A node said that the map is old: have it fetched (`on_stale`)."""
@@ -128,51 +134,44 @@ class View:
     @property
     def all_well(self) -> bool:
         """Whether no node is suspected or asked to be left alone: then all go to their first choice."""
-        return not self.suspects and not self._resting
+        return not self.suspicion.remembers
 
     def choose(self, candidates: Sequence[str], tried: Collection[str] = ()) -> str | None:
-        """First candidate that is neither tried nor suspected, else the first untried; None when all were tried."""
-        if not tried and not self.suspects and not self._resting:
-            return candidates[0] if candidates else None
-        last = None
-        for node in candidates:
-            if node in tried:
-                continue
-            if not self.is_suspect(node):
-                return node
-            last = last or node
-        return last
+        """First candidate that is neither tried nor suspected (nor near one that just failed), else the first untried;
+        None when all were tried."""
+        untried = [node for node in candidates if node not in tried] if tried else candidates
+        return next(iter(self.suspicion.last(untried)), None)
+
+    def unreachable(self, node: str) -> None:
+        """The node could not even be asked. One that the map has just begun to name may not listen yet: that is soon
+        tried again, and no failure."""
+        if self.now() < self._joined.get(node, float("-inf")) + _JOINING_S:
+            self.suspicion.rest(node, _JOIN_PAUSE_S)
+        else:
+            self.suspect(node)
 
     def suspect(self, node: str) -> None:
         """The node brought no answer: ask it last for a while."""
-        self.suspects.suspect(node)
+        self.suspicion.suspect(node)
 
     def rest(self, node: str, seconds: float) -> None:
         """The node asked to be left alone for that long: ask it last until then."""
-        self._resting[node] = max(self._resting.get(node, 0.0), self.now() + seconds)
+        self.suspicion.rest(node, seconds)
 
     def trust(self, node: str) -> None:
         """The node answered."""
-        if self.suspects:
-            self.suspects.trust(node)
+        self.suspicion.trust(node)
 
     def is_suspect(self, node: str) -> bool:
         """Whether the node failed lately, or asked to be left alone for now."""
-        return node in self.suspects or (bool(self._resting) and self._rests(node))
-
-    def _rests(self, node: str) -> bool:
-        until = self._resting.get(node)
-        if until is not None and until <= self.now():
-            del self._resting[node]
-            return False
-        return until is not None
+        return node in self.suspicion
 
     def attempt_timeout_s(self, node: str, *, hasty: bool) -> float:
         """How long the node may take before the next one is asked. `hasty`: less, if it failed a short while ago."""
         settings = self.settings
-        if hasty and self.suspects and self.suspects.on_probation(node):
-            return min(settings.probation_timeout_s, settings.attempt_timeout_s)
-        return settings.attempt_timeout_s
+        if not hasty:
+            return settings.attempt_timeout_s
+        return self.suspicion.timeout_s(node, settings.attempt_timeout_s, settings.probation_timeout_s)
 
     def remember(self, timeline: bytes, version: int) -> None:
         """Note a version that the timeline has reached."""

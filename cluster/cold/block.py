@@ -45,10 +45,8 @@ SCHEMA = pa.schema(
     ]
 )
 MAX_BLOCK_BYTES = 32 << 20  # of an encoded block; half of what a frame may have
-BLOCK_RAW_BYTES = 4 << 20  # rows of a block before encoding: a reader of one row decodes all of them
+BLOCK_RAW_BYTES = 512 << 10  # rows of a block before encoding: for a reader of one row all of them are decoded
 
-_SCHEMA_MESSAGE = SCHEMA.serialize().to_pybytes()
-_READ_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)
 _MAGIC_BYTES = 8
 _INDEX = b"timetier.index"
 _FORMAT = b"timetier.format"
@@ -98,13 +96,22 @@ class Rows:
         return sum(map(len, self.owners)) + sum(map(len, self.keys)) + sum(map(len, self.values))
 
     def cuts(self, block_rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-        """Bounds of parts of at most `block_rows` rows and `block_bytes` raw bytes (or one row)."""
+        """Bounds of parts of at most `block_rows` rows and `block_bytes` raw bytes (or one row).
+
+        A part ends between two owners where that leaves it at least half of its bytes: who reads an owner reads one.
+        """
         start = size = 0
+        owner_at = before_owner = 0  # where the last owner begins, and the bytes of the part before it
         for at in range(len(self)):
+            if at and self.owners[at] != self.owners[at - 1]:
+                owner_at, before_owner = at, size
             more = len(self.owners[at]) + len(self.keys[at]) + len(self.values[at])
-            if at > start and (at - start >= block_rows or size + more > block_bytes):
-                yield start, at
-                start, size = at, 0
+            while at > start and (at - start >= block_rows or size + more > block_bytes):
+                between = owner_at > start and 2 * before_owner >= size
+                cut, part = (owner_at, before_owner) if between else (at, size)
+                yield start, cut
+                start, size = cut, size - part
+                before_owner = 0
             size += more
         if start < len(self):
             yield start, len(self)
@@ -250,17 +257,18 @@ def decode_block(data: bytes, format: int = FORMAT) -> DecodedBlock:
     if format != FORMAT:
         raise Corrupt(f"a block of format {format}; this version reads format {FORMAT}", reason="format")
     try:
-        with pa.ipc.open_stream(pa.BufferReader(_SCHEMA_MESSAGE + data), options=_READ_OPTIONS) as reader:
-            batch = reader.read_next_batch()
-        return DecodedBlock(batch)
-    except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+        message = pa.ipc.read_message(data)
+        if message.type != "record batch":
+            raise ValueError(f"a {message.type} message")
+        return DecodedBlock(pa.ipc.read_record_batch(message, SCHEMA))
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         raise Corrupt(f"{len(data)} bytes are no block: {error}", reason="content") from None
 
 
 class DecodedBlock:
     """Rows of one block, kept as Arrow columns; only rows that are asked for become Python objects."""
 
-    __slots__ = ("_id_at", "_owner_at", "_timestamps", "_value_at", "_versions", "_written", "nbytes", "rows")
+    __slots__ = ("_batch", "_id_at", "_owner_at", "_timestamps", "_value_at", "_versions", "_written", "nbytes", "rows")
 
     def __init__(self, batch: Any) -> None:
         if batch.num_columns != len(SCHEMA) or any(column.null_count for column in batch.columns):
@@ -268,6 +276,7 @@ class DecodedBlock:
         batch.validate(full=False)
         self.rows: int = batch.num_rows
         self.nbytes: int = batch.nbytes + 2_000  # about what the objects around the buffers take
+        self._batch = batch
         owner, timestamp, item_id, value, version, written = batch.columns
         self._owner_at = _Binary(owner)
         self._id_at = _Binary(item_id)
@@ -283,8 +292,7 @@ class DecodedBlock:
 
         `before`: b"" = no bound. `limit`: the newest so many, 0 = all.
         """
-        first = bisect_left(range(self.rows), owner, key=self._owner_at)
-        last = bisect_left(range(self.rows), owner + b"\x00", lo=first, key=self._owner_at)
+        first, last = self._span(owner)
         if before:
             last = bisect_left(range(self.rows), before, lo=first, hi=last, key=self._key_at)
         if low:
@@ -307,6 +315,17 @@ class DecodedBlock:
             self._versions.tolist(),
             self._written.tolist(),
         )
+
+    def part_of(self, owner: bytes) -> bytes:
+        """A block with the owner's rows only, not compressed: bytes for `decode_block`."""
+        first, last = self._span(owner)
+        data: bytes = self._batch.slice(first, last - first).serialize().to_pybytes()
+        return data
+
+    def _span(self, owner: bytes) -> tuple[int, int]:
+        """The owner's rows: first, and behind the last."""
+        first = bisect_left(range(self.rows), owner, key=self._owner_at)
+        return first, bisect_left(range(self.rows), owner + b"\x00", lo=first, key=self._owner_at)
 
     def _key_at(self, at: int) -> bytes:
         return item_key(int(self._timestamps[at]), self._id_at(at))

@@ -20,10 +20,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..carriers.base import CallError, Carrier
+from ..carriers.base import CallError, Carrier, Reply
 from ..counters import Counters
 from ..errors import Corrupt, InvalidRequest, TimeTierError, Unavailable
 from ..gate import overloaded
@@ -49,7 +50,8 @@ from ..messages import (
     raise_failure,
 )
 from ..topology import Topology
-from .block import checksum
+from .block import DecodedBlock, checksum, decode_block
+from .block_cache import BlockCache
 from .files import Files as FileAccess
 from .store import ColdStore, check_name
 
@@ -102,6 +104,7 @@ class ColdService:
     """One replica of a cold group (see `service.py` for the methods).
 
     `folder`: its data folder, with a folder for each of its `disks`. `read_threads`: block reads at the same time.
+    `block_cache_bytes`: of decoded blocks, which readers of other owners in them find in memory; 0 keeps none.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class ColdService:
         disks: int,
         read_threads: int,
         counters: Counters,
+        block_cache_bytes: int = 16 << 20,
         files: FileAccess | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
@@ -135,6 +139,8 @@ class ColdService:
         self._writes = _Lane(ThreadPoolExecutor(1, f"{name}-write"), MAX_QUEUED_WRITES)
         self._open = lambda: ColdStore(self.folder, disks, files=files, clock=clock, wall_s=wall_s)
         self._store: ColdStore | None = None
+        self._decoded: BlockCache[DecodedBlock] = BlockCache(block_cache_bytes)
+        self._decoding: dict[tuple[str, int, int, int], asyncio.Task[DecodedBlock]] = {}
         self._state, self._reason = "starting", ""
         self._repairs: deque[Repair] = deque()
         self._queued: set[Repair] = set()  # those in the deque, and the one being repaired
@@ -160,6 +166,7 @@ class ColdService:
             await asyncio.gather(self._repairer, return_exceptions=True)
         for lane in (self._reads, self._writes):
             await asyncio.to_thread(lane.pool.shutdown, wait=True, cancel_futures=True)
+        await asyncio.gather(*self._decoding.values(), return_exceptions=True)
 
     def update(self, topology: Topology) -> None:
         """Go by another shape of the cluster."""
@@ -188,6 +195,10 @@ class ColdService:
 
     # ------------------------------------------------------------ requests
 
+    def begin(self, message: Message, reply: Reply) -> bool:
+        """Nothing is answered without a task: all needs the disk."""
+        return False
+
     async def handle(self, message: Message) -> Message | None:
         """Answer one message. Raises InvalidRequest for one that is not for a cold node."""
         if isinstance(message, BlockRead):
@@ -215,19 +226,50 @@ class ColdService:
         return self._store
 
     async def _read_block(self, message: BlockRead) -> BlockBytes:
+        """A block as it is, or the part of it that one owner has. Raises Corrupt, InvalidRequest, Unavailable."""
         store = self._open_store()
         self.counters.add("block_reads")
-        try:
-            data = await self._reads.run(
-                lambda: store.read_block(message.file, message.offset, message.length, message.crc)
-            )
-        except Corrupt as error:
+        if not message.owner:
+            return BlockBytes(await self._read_checked(store, message, bytes))
+        block = self._decoded.get(message.file, message.offset)
+        if block is None:
+            block = await self._decode_once(store, message)
+        part = block.part_of(message.owner)
+        return BlockBytes(part, True, checksum(part))
+
+    async def _decode_once(self, store: ColdStore, message: BlockRead) -> DecodedBlock:
+        """A decoded block; who asks for a block that is being read waits for that read."""
+        place = message.file, message.offset, message.length, message.crc
+        task = self._decoding.get(place)
+        if task is None:
+            decode = partial(decode_block, format=message.format)
+            task = self._decoding[place] = asyncio.create_task(self._read_checked(store, message, decode))
+            task.add_done_callback(lambda done: self._keep(place, done))
+        return await asyncio.shield(task)
+
+    def _keep(self, place: tuple[str, int, int, int], task: asyncio.Task[DecodedBlock]) -> None:
+        del self._decoding[place]
+        if not task.cancelled() and task.exception() is None:
+            self._decoded.put(place[0], place[1], task.result())
+
+    async def _read_checked(self, store: ColdStore, message: BlockRead, then: Callable[[bytes], T]) -> T:
+        """What `then` makes of a block's bytes, in the thread that has read and checked them."""
+
+        def work() -> T | Corrupt:
+            try:
+                data = store.read_block(message.file, message.offset, message.length, message.crc)
+            except Corrupt as error:
+                return error
+            return then(data)
+
+        found = await self._reads.run(work)
+        if isinstance(found, Corrupt):
             self.counters.add("crc_failures")
-            whole = error.fields.get("reason") != "checksum"
+            whole = found.fields.get("reason") != "checksum"
             self._queue(Repair(message.file, message.offset, message.length, message.crc, whole))
-            raise
-        self.counters.add("block_read_bytes", len(data))
-        return BlockBytes(data)
+            raise found
+        self.counters.add("block_read_bytes", message.length)
+        return found
 
     async def _write(self, store: ColdStore, message: FileWrite) -> FileWritten:
         size, crc = await self._writes.run(

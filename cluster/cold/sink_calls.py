@@ -33,28 +33,31 @@ from ..messages import (
     pack_u32,
     unpack_i64,
 )
-from .block import DecodedBlock, decode_block, verify
+from .block import BLOCK_RAW_BYTES, DecodedBlock, decode_block, verify
 from .link import FENCE_KEY, HORIZON_PREFIX, RECORDS_AT, Block, Link, decode_link
 
 M = TypeVar("M", bound=Message)
 
 _RECORDS_PREFIX = item_key(RECORDS_AT)[:8]
 _LINKS_A_PAGE = 64
+_LONGEST_REST_S = 5.0  # a node that hangs has no load to be spared
 
 
 @dataclass(frozen=True, slots=True)
 class SinkSettings:
     """Settings of the sink.
 
-    `block_rows`: rows of a block at most. `file_bytes`: size after which another file is begun (a bucket's blocks
-    stay together, so a file may exceed it). `orphan_grace_s`: age from which an unreferenced file is removed.
-    `scan_bytes`: rows that a storage node sends in one answer, about. `bucket_bytes`: rows of one bucket that are
-    held in memory; a larger bucket sinks in parts. `piece_bytes`: a piece of a file on its way to a cold node.
-    `call_timeout_s`: for one answer of one node; `write_timeout_s`: for the links, with all retries.
-    `attempts`: how often a node, or a list of nodes, is tried.
+    `block_rows`, `block_bytes`: rows of a block at most, and their bytes before encoding. `file_bytes`: size after
+    which another file is begun (a bucket's blocks stay together, so a file may exceed it). `orphan_grace_s`: age from
+    which an unreferenced file is removed. `scan_bytes`: rows that a storage node sends in one answer, about.
+    `bucket_bytes`: rows of one bucket that are held in memory; a larger bucket sinks in parts. `piece_bytes`: a piece
+    of a file on its way to a cold node. `call_timeout_s`: for one answer of one node; `write_timeout_s`: for the links,
+    with all retries. `attempts`: how often a node, or a list of nodes, is tried. `rest`: after each answer with rows,
+    and each piece of a file, the sink rests for so many times as long as that took, and the nodes are there for others.
     """
 
     block_rows: int = 4_096
+    block_bytes: int = BLOCK_RAW_BYTES
     file_bytes: int = 64 << 20
     orphan_grace_s: float = 600.0
     scan_bytes: int = 1 << 20
@@ -64,6 +67,7 @@ class SinkSettings:
     write_timeout_s: float = 30.0
     attempts: int = 3
     back_off_s: float = 0.2
+    rest: float = 1.0
 
 
 def ask_first(
@@ -88,6 +92,12 @@ def ask_first(
             elif isinstance(answer, Failure) and answer.kind in ("InvalidRequest", "TooLarge"):
                 raise InvalidRequest(reason)
     raise Unavailable(f"no answer to {type(message).__name__} ({reason})")
+
+
+def rest(view: View, began_s: float, settings: SinkSettings) -> Script[None]:
+    """Pause after work that began at `began_s` (monotonic seconds), as the settings say."""
+    if settings.rest:
+        yield Sleep(min(settings.rest * (view.now() - began_s), _LONGEST_REST_S))
 
 
 def why_not(answer: object) -> str:
@@ -199,7 +209,7 @@ def copy_file(
             if attempt:
                 yield Sleep(settings.back_off_s * 2 ** (attempt - 1))
             try:
-                yield from _copy_to(node, file, disk, data, crc, settings)
+                yield from _copy_to(view, node, file, disk, data, crc, settings)
                 break
             except TimeTierError as failed:
                 error = failed
@@ -207,13 +217,16 @@ def copy_file(
             raise error
 
 
-def _copy_to(node: str, file: str, disk: int, data: bytes, crc: int, settings: SinkSettings) -> Script[None]:
+def _copy_to(
+    view: View, node: str, file: str, disk: int, data: bytes, crc: int, settings: SinkSettings
+) -> Script[None]:
     for offset in range(0, len(data), settings.piece_bytes):
         piece = data[offset : offset + settings.piece_bytes]
         last = offset + len(piece) == len(data)
         message = FileWrite(file, disk, offset, piece, last, crc)
         # The last answer comes after an fsync of the whole file.
         timeout_s = settings.call_timeout_s * (3 if last else 1)
+        began_s = view.now()
         (answer,) = yield [Call(node, message, timeout_s)]
         if isinstance(answer, Failure):
             kind = getattr(errors, answer.kind, Unavailable)
@@ -222,6 +235,7 @@ def _copy_to(node: str, file: str, disk: int, data: bytes, crc: int, settings: S
             raise Unavailable(f"{node}: {why_not(answer)}")
         if last and (answer.size, answer.crc) != (len(data), crc):
             raise Corrupt(f"{node} has {answer.size} bytes of {file} with checksum {answer.crc:08x}, not {crc:08x}")
+        yield from rest(view, began_s, settings)
 
 
 def read_links(view: View, bucket: int, version: int, settings: SinkSettings) -> Script[list[Link]]:

@@ -35,7 +35,7 @@ from ..topology import TablePolicy
 from .block import FileBuilder, Rows, checksum
 from .link import Link, decode_link, encode_link
 from .orphans import remove_orphans
-from .sink_calls import SinkSettings, ask_first, copy_file, horizon_key, read_block, strong_versions
+from .sink_calls import SinkSettings, ask_first, copy_file, horizon_key, read_block, rest, strong_versions
 from .sinking import (
     CutOffs,
     Timeline,
@@ -292,12 +292,15 @@ class _Run:
         attempts = 0
         while True:
             attempts += 1
+            began_s = view.now()
             _, page = yield from ask_first(view, order, message, Scanned, settings)
             timelines = timelines_of(page, task.table, task.cut_offs)
             unknown = [timeline.key for timeline in timelines if timeline.key not in floors]
             if unknown:
                 floors.update((yield from strong_versions(view, order, unknown, settings)))
             strong = [timeline for timeline in timelines if timeline.version >= floors[timeline.key]]
+            if page.keys:
+                yield from rest(view, began_s, settings)
             if len(strong) == len(timelines) or attempts == _SCANS:
                 self.report.skipped_timelines += len(timelines) - len(strong)
                 return page, strong
@@ -352,6 +355,7 @@ class _Run:
             window_end=window.end,
             generation=window.generation,
             block_rows=self.settings.block_rows,
+            block_bytes=self.settings.block_bytes,
         )
         link = make_link(
             window,

@@ -15,14 +15,15 @@ from .requests import ItemAnswer, PageAnswer, Read, Row, RowAnswer, Slot
 class Answering:
     """What is known of one timeline at one version, and the reads that wait for it.
 
-    `base`: the page that reaches up to where the slot's page did. `pending`: ranges that need blocks. `same`: the
-    page that the reader had was current, or was brought up to date by a delta.
+    `owner`: whose timeline it is. `base`: the page that reaches up to where the slot's page did. `pending`: ranges that
+    need blocks. `same`: the page that the reader had was current, or was brought up to date by a delta.
     """
 
-    def __init__(self, slot: Slot, kept: Callable[[LinkRef], DecodedBlock | None]) -> None:
-        """`kept`: a decoded block if it is in memory."""
+    def __init__(self, slot: Slot, kept: Callable[[LinkRef, bytes], DecodedBlock | None]) -> None:
+        """`kept`: what a block has of an owner, if it is in memory."""
         assert slot.data is not None, "a slot is answered from data"
         self.slot = slot
+        self.owner = split_timeline(slot.timeline)[2]
         self.version = slot.data_version
         self.reads = slot.reads
         self.base: Page | None = None
@@ -65,7 +66,7 @@ class Answering:
         """Note a range; a point is the range that only its item is in. A delta that became a range is the newest."""
         is_point = row.want == POINT
         hot_range = HotRange(
-            split_timeline(self.slot.timeline)[2],
+            self.owner,
             answer.rows,
             answer.refs,
             version=self.version,
@@ -102,7 +103,7 @@ class Answering:
     def _complete(self, hot_range: HotRange) -> bool:
         """Whether a range needs no further block; blocks in memory are used."""
         while refs := hot_range.needed():
-            blocks = [(ref, self._kept(ref)) for ref in refs]
+            blocks = [(ref, self._kept(ref, self.owner)) for ref in refs]
             for ref, block in blocks:
                 if block is not None:
                     hot_range.add(ref, block)

@@ -1,4 +1,9 @@
-"""Reading cold blocks, each from whichever of its replicas has good bytes (*pure*, scripts of `effects.py`)."""
+"""Reading cold blocks, each from whichever of its replicas has good bytes (*pure*, scripts of `effects.py`).
+
+A reader wants the rows of one owner, which are a small part of most blocks. So a cold node is asked for these alone: it
+reads and checks the whole block, and answers with a small one (`DecodedBlock.part_of`). Fewer bytes travel, and the
+reader's event loop has less to decode. An answer with the whole block is as good.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,17 @@ from dataclasses import dataclass
 import google_crc32c
 
 from ..cold.block import DecodedBlock, decode_block
+from ..cold.block_cache import BlockCache
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, Unavailable
-from ..messages import BlockBytes, BlockRead, Failure, LinkRef, Message, Ping
+from ..messages import BlockBytes, BlockRead, Failure, LinkRef, Message
 from ..routing import Routing
+from ..suspicion import Suspicion
 from .hot_cold import StartOver
-from .page_cache import BlockCache
-from .suspicion import Suspicion
 
 MAX_PARALLEL_BLOCKS = 4
+_LARGE_BYTES = 256 << 10  # a block that takes a while to decode
 _MISSING = "missing"  # `reason` of a cold node's Corrupt: it has no such file
 
 
@@ -26,6 +32,7 @@ class _Attempt:
     """The search for one good copy. `dead`, `missing`, `damaged`: copies tried without success since the start."""
 
     ref: LinkRef
+    owner: bytes
     order: list[str]
     tried: int = 0
     dead: int = 0
@@ -37,9 +44,14 @@ class _Attempt:
     def node(self) -> str:
         return self.order[self.tried]
 
+    @property
+    def question(self) -> BlockRead:
+        ref = self.ref
+        return BlockRead(ref.file, ref.offset, ref.length, ref.crc, self.owner, ref.format)
+
 
 class BlockReader:
-    """Gets decoded blocks from memory or from the cold tier."""
+    """Gets what blocks have of an owner, decoded, from memory or from the cold tier."""
 
     def __init__(
         self,
@@ -60,23 +72,24 @@ class BlockReader:
         self._attempt_timeout_s = attempt_timeout_s
         self._back_off_s = back_off_s
 
-    def kept(self, ref: LinkRef) -> DecodedBlock | None:
-        """The block if it is in memory."""
-        return self._blocks.get(ref.file, ref.offset)
+    def kept(self, ref: LinkRef, owner: bytes) -> DecodedBlock | None:
+        """A block with the owner's rows if it is in memory; it may have those of others, too."""
+        block = self._blocks.get(ref.file, ref.offset, owner)
+        return block if block is not None else self._blocks.get(ref.file, ref.offset)
 
-    def read(self, refs: list[LinkRef], deadline: float) -> Script[list[DecodedBlock]]:
-        """Blocks of `refs`, in their order, at most MAX_PARALLEL_BLOCKS at a time.
+    def read(self, refs: list[LinkRef], owner: bytes, deadline: float) -> Script[list[DecodedBlock]]:
+        """Blocks of `refs`, with the rows of `owner` at least, in their order, at most MAX_PARALLEL_BLOCKS at a time.
 
         Raises StartOver when a file is gone from all replicas, Corrupt when every copy is damaged, Unavailable at the
         deadline (monotonic seconds).
         """
         blocks = []
         for first in range(0, len(refs), MAX_PARALLEL_BLOCKS):
-            blocks += yield from self._read_some(refs[first : first + MAX_PARALLEL_BLOCKS], deadline)
+            blocks += yield from self._read_some(refs[first : first + MAX_PARALLEL_BLOCKS], owner, deadline)
         return blocks
 
-    def _read_some(self, refs: list[LinkRef], deadline: float) -> Script[list[DecodedBlock]]:
-        attempts = [self._attempt(ref) for ref in refs]
+    def _read_some(self, refs: list[LinkRef], owner: bytes, deadline: float) -> Script[list[DecodedBlock]]:
+        attempts = [self._attempt(ref, owner) for ref in refs]
         timeout_s, pause_s = self._attempt_timeout_s, self._back_off_s
         while True:
             open_attempts = [attempt for attempt in attempts if attempt.block is None]
@@ -86,14 +99,11 @@ class BlockReader:
             if left_s <= 0:
                 first = open_attempts[0].ref
                 raise Unavailable(f"no replica gave the block of {first.file} at {first.offset} in time")
-            replies = yield [
-                Call(a.node, BlockRead(a.ref.file, a.ref.offset, a.ref.length, a.ref.crc), min(timeout_s, left_s))
-                for a in open_attempts
-            ]
+            replies = yield [Call(a.node, a.question, min(timeout_s, left_s)) for a in open_attempts]
             rested = False
             for attempt, reply in zip(open_attempts, replies, strict=True):
                 self._take(attempt, reply)
-                if attempt.block is not None:
+                if attempt.block is not None and attempt.block.nbytes > _LARGE_BYTES:
                     yield Sleep(0.0)  # to decode one took a while: others have their turn before the next step
                 if attempt.block is None and attempt.tried == len(attempt.order):
                     self._start_over(attempt)
@@ -102,9 +112,9 @@ class BlockReader:
                 yield Sleep(pause_s)
                 pause_s, timeout_s = pause_s * 2, timeout_s * 2
 
-    def _attempt(self, ref: LinkRef) -> _Attempt:
+    def _attempt(self, ref: LinkRef, owner: bytes) -> _Attempt:
         order = self._suspicion.last(self.routing.cold_order(ref.bucket, ref.window_start))
-        return _Attempt(ref, order, block=self.kept(ref))
+        return _Attempt(ref, owner, order, block=self.kept(ref, owner))
 
     def _take(self, attempt: _Attempt, reply: Message | CallFailed) -> None:
         """Note what one replica brought; without a good block, the next one is up."""
@@ -112,16 +122,16 @@ class BlockReader:
         self._counters.add("cold_reads")
         attempt.tried += 1
         if isinstance(reply, BlockBytes):
-            self._suspicion.trust(node, self._clock())
-            kept = self.kept(ref)  # by another script that shared the same read
-            block = kept if kept is not None else self._decode(ref, reply.data)
+            self._suspicion.trust(node)
+            kept = self.kept(ref, attempt.owner)  # by another script that shared the same read
+            block = kept if kept is not None else self._decode(ref, reply)
             if block is not None:
                 attempt.block = block
-                self._blocks.put(ref.file, ref.offset, block)
+                self._blocks.put(ref.file, ref.offset, block, attempt.owner if reply.part else b"")
             else:
                 attempt.damaged += 1
         elif isinstance(reply, Failure) and reply.kind == Corrupt.__name__:
-            self._suspicion.trust(node, self._clock())
+            self._suspicion.trust(node)
             if reply.fields.get("reason") == _MISSING:
                 attempt.missing += 1
             else:
@@ -129,14 +139,15 @@ class BlockReader:
                 attempt.damaged += 1
         else:
             attempt.dead += 1
-            self._suspicion.suspect(node, self._clock(), Ping())
+            self._suspicion.blame(node, reply)
 
-    def _decode(self, ref: LinkRef, data: bytes) -> DecodedBlock | None:
-        """The block, or None if the bytes are not those that the link names."""
-        if len(data) != ref.length or google_crc32c.value(data) != ref.crc:
+    def _decode(self, ref: LinkRef, answer: BlockBytes) -> DecodedBlock | None:
+        """The block, or None if the bytes are not those that the link names, or that the node has made of them."""
+        length, crc = (len(answer.data), answer.crc) if answer.part else (ref.length, ref.crc)
+        if len(answer.data) != length or google_crc32c.value(answer.data) != crc:
             self._counters.add("crc_failures")
             return None
-        return decode_block(data, ref.format)
+        return decode_block(answer.data, ref.format)
 
     @staticmethod
     def _start_over(attempt: _Attempt) -> None:

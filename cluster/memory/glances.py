@@ -9,7 +9,7 @@ microsecond a timeline. Whatever can't be proven so takes the long way, through 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +19,10 @@ from ..counters import Counters
 from ..effects import Call, CallFailed, Script
 from ..errors import ProtocolError
 from ..keys import PERMUTATIONS
-from ..messages import AskSame, AskVersions, Failure, Message, Same, pack_i64, unpack_u32
+from ..messages import AskSame, AskVersions, Message, Same, pack_i64, unpack_u32
+from ..suspicion import Suspicion
 from .incarnations import Incarnations
 from .pages import Page
-from .suspicion import Suspicion
 
 _FEW = 24  # pages; arrays of a few elements would cost more than they save
 _LABELS = np.dtype([("digest", "V16"), ("version", "<i8"), ("mark", "<i8"), ("order", "<i8")])
@@ -58,15 +58,13 @@ class Glances:
         incarnations: Incarnations,
         counters: Counters,
         *,
-        clock: Callable[[], float],
         attempt_timeout_s: float,
         probation_timeout_s: float,
     ) -> None:
-        """`clock`: monotonic seconds. The times are those of `ReaderSettings`."""
+        """The times are those of `ReaderSettings`."""
         self._suspicion = suspicion
         self._incarnations = incarnations
         self._counters = counters
-        self._clock = clock
         self._attempt_timeout_s = attempt_timeout_s
         self._probation_timeout_s = probation_timeout_s
 
@@ -141,15 +139,14 @@ class Glances:
         self._counters.add("version_checks", len(versions) // 8)
         timeout_s = self._attempt_timeout_s
         if self._suspicion.remembers:
-            timeout_s = self._suspicion.timeout_s(name, self._clock(), timeout_s, self._probation_timeout_s)
+            timeout_s = self._suspicion.timeout_s(name, timeout_s, self._probation_timeout_s)
         return Call(name, AskSame(digests, versions), timeout_s)
 
     def _take(self, node: str, count: int, reply: Message | CallFailed) -> list[int] | None:
         """Indices of the questions that a node does not say `same` to; None if it brought no answer that counts."""
         if not isinstance(reply, Same):
             self._counters.add("node_failures")
-            if not (isinstance(reply, Failure) and reply.fields.get("busy")):  # who refuses for overload is alive
-                self._suspicion.suspect(node, self._clock(), AskVersions([]))
+            self._suspicion.blame(node, reply, AskVersions([]))
             return None
         try:
             if not self._incarnations.is_current(node, reply.incarnations):
@@ -160,6 +157,6 @@ class Glances:
         except ProtocolError:
             self._counters.add("bad_answers")
             return None
-        if self._suspicion:
-            self._suspicion.trust(node, self._clock())
+        if self._suspicion.remembers:
+            self._suspicion.trust(node)
         return others

@@ -28,7 +28,7 @@ class StartOver(Exception):
 
 @dataclass(slots=True)
 class _Source:
-    """A block, read or not. Its rows with key >= `edge` are in the range already."""
+    """A block, read or not, or what it has of the owner. Its rows with key >= `edge` are in the range already."""
 
     ref: LinkRef
     edge: bytes
@@ -69,7 +69,8 @@ class HotRange:
         self._sources = [_Source(ref, ref.high) for ref in refs if ref.high > low and (not before or ref.low < before)]
 
     def needed(self) -> list[LinkRef]:
-        """Blocks to be read next: all of one window, those with the newest items. Empty when the limit is met.
+        """Blocks to be read next: the one with the newest items, and those of its window that overlap it in time.
+        Empty when the limit is met.
 
         Raises StartOver when a block holds what the replica that named it has not applied yet.
         """
@@ -79,8 +80,9 @@ class HotRange:
             if len(keys) >= self._limit and keys[self._limit - 1] >= first.edge:
                 return []
             if first.block is None:
-                window = first.ref.window_start
-                return [s.ref for s in self._sources if s.block is None and s.ref.window_start == window]
+                low, window = first.ref.low, first.ref.window_start
+                beside = [s.ref for s in self._sources if s.block is None and s.ref.high > low]
+                return [ref for ref in beside if ref.window_start == window]
             self._pull(first, first.block)
         return []
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..carriers.base import Address, CallError, Carrier
+from ..carriers.base import Address, CallError, Carrier, Then, begin_task
 from ..config import CacheConfig
 from ..messages import BlockRead, Message
 from .requests import Read
@@ -27,7 +27,7 @@ class ReadLimits:
     """
 
     batch_reads: int = 4_096
-    fetch_reads: int = 256
+    fetch_reads: int = 64
     fetched_bytes: int = 512 << 20
     stall_s: float = 0.02
 
@@ -148,18 +148,21 @@ class ReadLane:
         self._pump()  # for a queue that waits for the number of batches to fall
 
 
+_Place = tuple[str, str, int, int, bytes]
+
+
 class SharedBlockReads:
     """A carrier on which equal block reads of one moment share one call."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
-        self._under_way: dict[tuple[str, str, int, int], asyncio.Task[Message]] = {}
+        self._under_way: dict[_Place, asyncio.Task[Message]] = {}
 
     async def call(self, node: str, message: Message, timeout_s: float) -> Message:
         """Answer of `node`. Raises CallError when none came in time."""
         if not isinstance(message, BlockRead):
             return await self._carrier.call(node, message, timeout_s)
-        key = (node, message.file, message.offset, message.length)
+        key = (node, message.file, message.offset, message.length, message.owner)
         task = self._under_way.get(key)
         if task is None:
             task = asyncio.create_task(self._carrier.call(node, message, timeout_s))
@@ -171,13 +174,14 @@ class SharedBlockReads:
         except TimeoutError:
             raise CallError(f"no block of {node} within {timeout_s:.3f} s", sent=True) from None
 
-    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
         """Begin a `call`."""
         if isinstance(message, BlockRead):
-            return asyncio.create_task(self.call(node, message, timeout_s))
-        return self._carrier.start(node, message, timeout_s)
+            begin_task(self.call(node, message, timeout_s), then)
+        else:
+            self._carrier.begin(node, message, timeout_s, then)
 
-    def _forget(self, key: tuple[str, str, int, int], task: asyncio.Task[Message]) -> None:
+    def _forget(self, key: _Place, task: asyncio.Task[Message]) -> None:
         del self._under_way[key]
         if not task.cancelled():
             task.exception()  # whoever waited has it; if nobody did, it is no news

@@ -1,6 +1,6 @@
-"""What a cache node keeps in memory: pages of timelines, and decoded cold blocks (*pure*).
+"""The pages of timelines that a cache node keeps in memory (*pure*).
 
-Both are bounded by the memory that their entries really occupy. Pages live in two queues, as in S3-FIFO (Yang, Zhang,
+They are bounded by the memory that they really occupy. Pages live in two queues, as in S3-FIFO (Yang, Zhang,
 Qiu, Yue and Rashmi, "FIFO queues are all you need for cache eviction", 2023): a read only sets a flag, and what that
 means is seen to when room is needed. A page starts on probation, which has a small share; one that was read again by
 the time it is to leave is protected, and leaves when it was not read for a whole round. So a scan over many timelines,
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
 
 from .pages import Page
 
@@ -129,54 +128,6 @@ class PageCache:
             else:
                 del self._protected[timeline]
             self._protected[timeline] = None  # as the youngest
-
-
-class Sized(Protocol):
-    """Something that knows how much memory it occupies."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-        ...
-
-
-BlockT = TypeVar("BlockT", bound=Sized)
-
-
-class BlockCache(Generic[BlockT]):
-    """Decoded cold blocks by (file, offset), least recently used first out, within `budget_bytes`.
-
-    A file is never rewritten under its name, so a block that is kept can't become wrong.
-    """
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.hits = 0
-        self.misses = 0
-        self.nbytes = 0
-        self._blocks: OrderedDict[tuple[str, int], BlockT] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def get(self, file: str, offset: int) -> BlockT | None:
-        """The block of `file` at `offset`, if it is kept."""
-        block = self._blocks.get((file, offset))
-        if block is None:
-            self.misses += 1
-            return None
-        self._blocks.move_to_end((file, offset))
-        self.hits += 1
-        return block
-
-    def put(self, file: str, offset: int, block: BlockT) -> None:
-        """Keep a block, if it fits into the budget at all."""
-        if (file, offset) in self._blocks or block.nbytes > self.budget_bytes:
-            return
-        self._blocks[file, offset] = block
-        self.nbytes += block.nbytes
-        while self.nbytes > self.budget_bytes:
-            self.nbytes -= self._blocks.popitem(last=False)[1].nbytes
 
 
 def _size(timeline: bytes, page: Page) -> int:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from .pages import Page
 
-_Glimpse = tuple[list[Page], asyncio.Future[Collection[Page]]]
+Told = Callable[[Collection[Page]], None]
+"""Is told, once, those of the pages that are not proven."""
+
+
+class Cancellable(Protocol):
+    """What is under way."""
+
+    def cancel(self) -> None:
+        """Give it up: nobody is told of it any more."""
 
 
 @dataclass(slots=True, eq=False)
 class _Proof:
-    """One proof under way. `holds`: whether the next one waits for it."""
+    """One proof under way, and whom to tell. `holds`: whether the next one waits for it."""
 
+    pages: list[Page]
+    tell: Told
     began_s: float
     holds: bool = True
+    running: Cancellable | None = None
 
 
 class ProofLane:
@@ -29,68 +42,68 @@ class ProofLane:
 
     def __init__(
         self,
-        prove: Callable[[list[Page]], Awaitable[Collection[Page]]],
+        prove: Callable[[list[Page], Told], Cancellable],
         *,
         parallel: int,
         batch_pages: int,
         max_batches: int,
         stall_s: float,
     ) -> None:
-        """`prove` gives those of the pages that are not proven; it raises nothing but cancellation."""
+        """`prove` begins a proof, and tells once those of the pages that are not proven; it raises nothing."""
         self._prove = prove
         self._parallel = parallel
         self._batch_pages = batch_pages
         self._max_batches = max_batches
         self._stall_s = stall_s
-        self._queue: deque[_Glimpse] = deque()
+        self._queue: deque[tuple[list[Page], Told]] = deque()
         self._running: set[_Proof] = set()
         self._holding = 0  # of them, those that hold up the next one
         self._timer: asyncio.TimerHandle | None = None  # while something waits
-        self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
 
-    async def unproven(self, pages: list[Page]) -> Collection[Page]:
-        """Those of the pages, or more, that could not be proven to be current after this call; all of them when the
-        lane has stopped."""
+    def prove(self, pages: list[Page], tell: Told) -> None:
+        """Have pages proven to be current after this call. `tell` is given those of them, or more, for which that was
+        not possible, maybe before this returns; all when the lane stops."""
         if self._stopped:
-            return pages
-        if not self._queue and self._may_start():
-            return await self._run(self._take_off(), pages)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Collection[Page]] = loop.create_future()
-        self._queue.append((pages, future))
-        if self._timer is None:
-            self._timer = loop.call_later(self._stall_s, self._let_others_pass)
-        return await future
+            tell(pages)
+        elif not self._queue and self._may_start():
+            self._start(pages, tell)
+        else:
+            self._queue.append((pages, tell))
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._let_others_pass)
 
-    async def stop(self) -> None:
-        """Give up the proofs that are shared; whoever waits takes nothing for proven."""
+    def stop(self) -> None:
+        """Give up all proofs; whoever waits is told that nothing is proven."""
         self._stopped = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
-        while self._queue:
-            _tell([self._queue.popleft()], None)
+        proofs = list(self._running)
+        for proof in proofs:
+            self._land(proof)
+            if proof.running is not None:
+                proof.running.cancel()
+        for pages, tell in [*((proof.pages, proof.tell) for proof in proofs), *self._queue]:
+            tell(pages)
+        self._queue.clear()
 
     def _may_start(self) -> bool:
         return self._holding < self._parallel and len(self._running) < self._max_batches
 
-    def _take_off(self) -> _Proof:
-        proof = _Proof(asyncio.get_running_loop().time())
+    def _start(self, pages: list[Page], tell: Told) -> None:
+        proof = _Proof(pages, tell, asyncio.get_running_loop().time())
         self._running.add(proof)
         self._holding += 1
-        return proof
+        proof.running = self._prove(pages, partial(self._landed, proof))
 
-    async def _run(self, proof: _Proof, pages: list[Page]) -> Collection[Page]:
-        try:
-            return await self._prove(pages)
-        finally:
-            self._running.discard(proof)
-            self._release(proof)
-            self._start_waiting()
+    def _landed(self, proof: _Proof, unproven: Collection[Page]) -> None:
+        self._land(proof)
+        self._start_waiting()  # first: replicas work on the next proof while this one is made use of
+        proof.tell(unproven)
+
+    def _land(self, proof: _Proof) -> None:
+        self._running.discard(proof)
+        self._release(proof)
 
     def _release(self, proof: _Proof) -> None:
         if proof.holds:
@@ -115,22 +128,13 @@ class ProofLane:
             while self._queue and size + len(self._queue[0][0]) <= self._batch_pages:
                 batch.append(self._queue.popleft())
                 size += len(batch[-1][0])
-            task = asyncio.get_running_loop().create_task(self._share(self._take_off(), batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _share(self, proof: _Proof, batch: list[_Glimpse]) -> None:
-        """Prove what several messages have brought, each page once."""
-        pages = list(dict.fromkeys(page for glimpse in batch for page in glimpse[0]))
-        unproven: Collection[Page] | None = None
-        try:
-            unproven = await self._run(proof, pages)
-        finally:
-            _tell(batch, unproven)
+            if len(batch) == 1:
+                self._start(*batch[0])
+            else:
+                pages = list(dict.fromkeys(page for glimpse in batch for page in glimpse[0]))  # each once
+                self._start(pages, partial(_tell, [tell for _, tell in batch]))
 
 
-def _tell(batch: list[_Glimpse], unproven: Collection[Page] | None) -> None:
-    """What came out of it; None: nothing is proven."""
-    for pages, future in batch:
-        if not future.done():
-            future.set_result(pages if unproven is None else unproven)
+def _tell(tells: list[Told], unproven: Collection[Page]) -> None:
+    for tell in tells:
+        tell(unproven)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from ..cold.block import DecodedBlock
+from ..cold.block_cache import BlockCache
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, ProtocolError, Unavailable
@@ -38,18 +39,19 @@ from ..messages import (
     unpack_i64,
 )
 from ..routing import Routing
+from ..suspicion import Suspicion
 from .answering import Answering
 from .block_reads import BlockReader
 from .glances import Glances, Label
 from .hot_cold import StartOver
 from .incarnations import Incarnations
-from .page_cache import BlockCache, PageCache
+from .page_cache import PageCache
 from .pages import Page
 from .requests import Outgoing, Read, Slot, take_checked, take_versions
 from .steps import Job, ReaderSettings, ReadScript, Step
-from .suspicion import Suspicion
 from .votes import PROVEN, SHORT, Verdict
 
+_SLOT_S = 0.001  # that a node may take longer for each timeline it is asked about: many make work, not silence
 _MAX_BLOCKS_HELD = 8  # decoded blocks that one script gathers at a time
 
 
@@ -72,7 +74,8 @@ class Reader:
         self.cache = cache
         self.blocks = blocks
         self.counters = counters or Counters()
-        self.suspicion = Suspicion(first_s=self.settings.suspect_s, longest_s=self.settings.suspect_max_s)
+        self.suspicion = Suspicion(clock, first_s=self.settings.suspect_s, longest_s=self.settings.suspect_max_s)
+        self.suspicion.know(routing.topology)
         self._routing = routing
         self._digest_seed = digest_seed(routing.topology.secret)
         self._clock = clock
@@ -83,7 +86,6 @@ class Reader:
             self.suspicion,
             self._incarnations,
             self.counters,
-            clock=clock,
             attempt_timeout_s=self.settings.attempt_timeout_s,
             probation_timeout_s=self.settings.probation_timeout_s,
         )
@@ -102,6 +104,7 @@ class Reader:
         self._routing = routing
         self._digest_seed = digest_seed(routing.topology.secret)
         self._block_reader.routing = routing
+        self.suspicion.know(routing.topology)
 
     def is_resident(self, read: Read) -> bool:
         """Whether the page in memory covers the read, so that one version check answers it."""
@@ -119,9 +122,7 @@ class Reader:
         """Questions to suspected nodes whether they are back, as far as they are due."""
         if not self.suspicion:
             return []
-        return [
-            Job(self._probe(node, question, urgent=False), []) for node, question in self.suspicion.due(self._clock())
-        ]
+        return [Job(self._probe(node, question, urgent=False), []) for node, question in self.suspicion.due()]
 
     def batch(self, reads: Sequence[Read]) -> ReadScript:
         """Script that answers `reads`, as far as one round trip can. All of them must have arrived before it runs."""
@@ -160,10 +161,10 @@ class Reader:
         asked: list[list[Slot]] = []
         timeout_s = self._timeout_s(slots)
         # Only at first: who is asked again must not fail for want of time alone.
-        short_s = timeout_s if any(slot.rounds for slot in slots) else self.settings.probation_timeout_s
-        now = self._clock()
+        short_s = self.settings.probation_timeout_s + _SLOT_S * len(slots)
+        short_s = timeout_s if any(slot.rounds for slot in slots) else short_s
         for node, out in outgoing.items():
-            node_s = self.suspicion.timeout_s(node, now, timeout_s, short_s)
+            node_s = self.suspicion.timeout_s(node, timeout_s, short_s)
             if out.checks:
                 calls.append(Call(node, out.check(), node_s))
                 asked.append(out.checks)
@@ -185,7 +186,7 @@ class Reader:
             self._go_on(unsettled, step)
         if self.suspicion:
             urgent = any(map(self._lacks_nodes, slots))
-            for node, question in self.suspicion.due(self._clock(), urgent=urgent):
+            for node, question in self.suspicion.due(urgent=urgent):
                 step.then.append(Job(self._probe(node, question, urgent=urgent), []))
         return step
 
@@ -196,7 +197,8 @@ class Reader:
     def _timeout_s(self, slots: list[Slot]) -> float:
         rounds = max(slot.rounds for slot in slots)
         left_s = max(read.deadline for slot in slots for read in slot.reads) - self._clock()
-        return max(0.001, min(self.settings.attempt_timeout_s * (1 << min(rounds, 6)), left_s))
+        usual_s = self.settings.attempt_timeout_s * (1 << min(rounds, 6)) + _SLOT_S * len(slots)
+        return max(0.001, min(usual_s, left_s))
 
     def _take(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         """Note what a node answered, or that it did not."""
@@ -217,7 +219,7 @@ class Reader:
             self.counters.add("bad_answers")
             return
         if node in self.suspicion:
-            self.suspicion.trust(node, self._clock(), at_once=any(map(self._lacks_nodes, slots)))
+            self.suspicion.trust(node, at_once=any(map(self._lacks_nodes, slots)))
 
     def _note_failure(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         if isinstance(reply, Failure) and reply.kind == "TooLarge":
@@ -237,14 +239,13 @@ class Reader:
             slot.failed.add(node)
             slot.why = why
         self.counters.add("node_failures")
-        if not (isinstance(reply, Failure) and reply.fields.get("busy")):  # who refuses for overload is alive
-            self.suspicion.suspect(node, self._clock(), AskVersions([slots[0].timeline]))
+        self.suspicion.blame(node, reply, AskVersions([slots[0].timeline]))
 
     def _probe(self, node: str, question: Message, *, urgent: bool) -> ReadScript:
         """See whether a suspected node is back. `urgent`: it is needed."""
         (reply,) = yield [Call(node, question, self.settings.attempt_timeout_s)]
         if not isinstance(reply, CallFailed | Failure):
-            self.suspicion.trust(node, self._clock(), at_once=urgent)
+            self.suspicion.trust(node, at_once=urgent)
         return Step()
 
     # ------------------------------------------------------------ when one round was not enough
@@ -476,7 +477,7 @@ class Reader:
         try:
             while work.pending:
                 refs = work.needed()[:_MAX_BLOCKS_HELD]
-                blocks = yield from self._block_reader.read(refs, deadline)
+                blocks = yield from self._block_reader.read(refs, work.owner, deadline)
                 for hot_range in work.pending:
                     for ref, block in zip(refs, blocks, strict=True):
                         hot_range.add(ref, block)

@@ -15,13 +15,14 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ..carriers.base import Carrier
+from ..carriers.base import Carrier, Reply, at_fast_door
 from ..cold.block import DecodedBlock
+from ..cold.block_cache import BlockCache
 from ..counters import Counters
-from ..drive import drive
+from ..drive import Running, drive
 from ..effects import Script
 from ..errors import InvalidRequest, TimeTierError, TooLarge, Unavailable
 from ..gate import overloaded
@@ -30,9 +31,7 @@ from ..messages import (
     INVALID,
     MISPLACED,
     OK,
-    FoundItems,
     Message,
-    Pages,
     Ping,
     Pong,
     ReadItems,
@@ -53,9 +52,9 @@ from .columns import (
     is_page_read,
 )
 from .lanes import ReadLane, ReadLimits, SharedBlockReads
-from .page_cache import BlockCache, PageCache
+from .page_cache import PageCache
 from .pages import Page
-from .proving import ProofLane
+from .proving import ProofLane, Told
 from .reading import Reader
 from .requests import Read
 from .steps import Job, ReaderSettings, Step
@@ -70,27 +69,31 @@ _MAX_JOBS = 128
 
 
 class _Ticket:
-    """One message: how many of its reads are left, the bytes of answers that it holds meanwhile, and a future that is
-    done when none is left."""
+    """Reads of one message that go the long way: how many are left, and the bytes of answers that it holds meanwhile.
+    `then` is called once: when none is left, when the time is over, or when the node stops."""
 
-    __slots__ = ("future", "left", "nbytes")
+    __slots__ = ("is_over", "left", "nbytes", "then", "timer")
 
-    def __init__(self, reads: list[Read]) -> None:
+    def __init__(self, reads: list[Read], then: Callable[[_Ticket], None], timeout_s: float) -> None:
         self.left = len(reads)
         self.nbytes = 0
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_over = False
+        self.then = then
+        self.timer = asyncio.get_running_loop().call_later(timeout_s, self.end)
         for read in reads:
             read.ticket = self
 
     def one_done(self) -> None:
         self.left -= 1
         if not self.left:
-            self.give_up()
+            self.end()
 
-    def give_up(self) -> None:
-        """Let the message be answered as it stands."""
-        if not self.future.done():
-            self.future.set_result(None)
+    def end(self) -> None:
+        """Let the message be answered as it stands; answers that come later count for nobody."""
+        if not self.is_over:
+            self.is_over = True
+            self.timer.cancel()
+            self.then(self)
 
 
 class CacheService:
@@ -153,7 +156,7 @@ class CacheService:
         self._serving = True
         self._tickets: set[_Ticket] = set()
         self._proofs = ProofLane(
-            self._unproven,
+            self._begin_proof,
             parallel=1,
             batch_pages=self._limits.batch_reads,
             max_batches=_MAX_BATCHES,
@@ -187,15 +190,23 @@ class CacheService:
 
     async def handle(self, message: Message) -> Message | None:
         """Answer one message. Raises Unavailable when too much is queued, InvalidRequest for other messages."""
-        if isinstance(message, ReadItems):
-            return await self._read_items(message)
-        if isinstance(message, ReadPages):
-            return await self._read_pages(message)
+        if isinstance(message, ReadItems | ReadPages):
+            return await at_fast_door(self.begin, message)
         if isinstance(message, StatusRequest):
             return Status(json.dumps(self.status()).encode())
         if isinstance(message, Ping):
             return Pong()
         raise InvalidRequest(f"{self.name} is a cache node: it takes no {type(message).__name__} messages")
+
+    def begin(self, message: Message, reply: Reply) -> bool:
+        """The fast door, for reads: those that pages in memory answer need no task. Raises what `handle` does."""
+        if isinstance(message, ReadItems):
+            self._begin_items(message, reply)
+            return True
+        if isinstance(message, ReadPages):
+            self._begin_pages(message, reply)
+            return True
+        return False
 
     def update(self, topology: Topology) -> None:
         """Go by a later topology."""
@@ -224,13 +235,13 @@ class CacheService:
         self._serving = False
         self._jobs.clear()
         self._heavy_jobs.clear()
-        for ticket in self._tickets:
-            ticket.give_up()
+        self._proofs.stop()
+        for ticket in list(self._tickets):
+            ticket.end()
         tasks = [*self._job_tasks, *self._heavy_tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._proofs.stop()
         await self._fast.stop()
         await self._fill.stop()
         await self._carrier.close()
@@ -246,38 +257,42 @@ class CacheService:
 
     # ------------------------------------------------------------ requests
 
-    async def _read_pages(self, message: ReadPages) -> Pages:
+    def _begin_pages(self, message: ReadPages, reply: Reply) -> None:
         timelines, bounds, limits = message.timelines, message.before, unpack_u32(message.limits)
         count = self._check_columns(timelines, bounds, limits)
         deadline = self._deadline(message.timeout_ms)
         max_bytes = max(_MIN_PAGE_BYTES, MAX_ANSWER_BYTES // 2 // max(count, 1))
         glance = PageGlance(self._cache, timelines, bounds, limits)
-        await self._prove(glance)
-        reads: dict[int, Read] = {}
-        outcomes = self._place(timelines, glance.rest)
-        for index in glance.rest:
-            if outcomes[index] == OK and not is_page_read(bounds[index], limits[index]):
-                outcomes[index] = INVALID
-            if outcomes[index] == OK:
-                reads[index] = Read(timelines[index], bounds[index], limits[index], deadline, max_bytes)
-        await self._answer_all(list(reads.values()), deadline)
-        return glance.answer(outcomes, reads, max_bytes)
 
-    async def _read_items(self, message: ReadItems) -> FoundItems:
+        def proven() -> None:
+            reads: dict[int, Read] = {}
+            outcomes = self._place(timelines, glance.rest)
+            for index in glance.rest:
+                if outcomes[index] == OK and not is_page_read(bounds[index], limits[index]):
+                    outcomes[index] = INVALID
+                if outcomes[index] == OK:
+                    reads[index] = Read(timelines[index], bounds[index], limits[index], deadline, max_bytes)
+            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads, max_bytes))
+
+        self._prove(glance, reply, proven)
+
+    def _begin_items(self, message: ReadItems, reply: Reply) -> None:
         timelines, keys = message.timelines, message.keys
         self._check_columns(timelines, keys)
         deadline = self._deadline(message.timeout_ms)
         glance = ItemGlance(self._cache, timelines, keys)
-        await self._prove(glance)
-        outcomes = self._place(timelines, glance.rest)
-        reads: dict[int, Read] = {}
-        for index in glance.rest:
-            if outcomes[index] == OK and not MIN_ITEM_KEY_BYTES <= len(keys[index]) <= MAX_KEY_BYTES:
-                outcomes[index] = INVALID
-            if outcomes[index] == OK:
-                reads[index] = Read(timelines[index], keys[index], 0, deadline)
-        await self._answer_all(list(reads.values()), deadline)
-        return glance.answer(outcomes, reads)
+
+        def proven() -> None:
+            reads: dict[int, Read] = {}
+            outcomes = self._place(timelines, glance.rest)
+            for index in glance.rest:
+                if outcomes[index] == OK and not MIN_ITEM_KEY_BYTES <= len(keys[index]) <= MAX_KEY_BYTES:
+                    outcomes[index] = INVALID
+                if outcomes[index] == OK:
+                    reads[index] = Read(timelines[index], keys[index], 0, deadline)
+            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads))
+
+        self._prove(glance, reply, proven)
 
     @staticmethod
     def _check_columns(timelines: list[bytes], *columns: Sequence[object]) -> int:
@@ -309,8 +324,8 @@ class CacheService:
     def _deadline(self, timeout_ms: int) -> float:
         return self._clock() + min(max(timeout_ms, 1) / 1000, MAX_TIMEOUT_S)
 
-    async def _prove(self, glance: Glance) -> None:
-        """Prove the pages that cover reads of a message; those of the others are left to the long way."""
+    def _prove(self, glance: Glance, reply: Reply, then: Callable[[], None]) -> None:
+        """Prove the pages that cover reads of a message, and go on; those of the others are left to the long way."""
         count = len(glance.pages)
         self.counters.add("requests")
         self.counters.add("items", count)
@@ -321,53 +336,71 @@ class CacheService:
             raise overloaded(f"{self.name} has {self._open} reads under way, the limit is {self._max_queued_requests}")
         covered = count - len(glance.rest)
         if not covered:
+            then()
             return
         self._open += count
-        try:
-            unproven = await self._proofs.unproven(glance.covered())
-        finally:
+
+        def told(unproven: Collection[Page]) -> None:
             self._open -= count
-        self.counters.add("hits", covered - glance.drop(unproven))
+            self.counters.add("hits", covered - glance.drop(unproven))
+            try:
+                then()
+            except Exception as error:
+                reply(error)
 
-    async def _unproven(self, pages: list[Page]) -> list[Page]:
-        """Ask whether pages are current; those of which that could not be proven."""
-        try:
-            indices = await drive(self._reader.prove(pages, self.group), self._carrier)
-        except Exception as error:
-            _log.warning("%s: pages could not be proven to be current: %r", self.name, error)
-            return pages
-        if self._reader.suspicion:
-            self._jobs.extend(self._reader.probes())
-            self._start_jobs()
-        return [pages[index] for index in indices]
+        self._proofs.prove(glance.covered(), told)
 
-    async def _answer_all(self, reads: list[Read], deadline: float) -> None:
-        """Have the reads answered, as far as that is possible before the deadline."""
+    def _begin_proof(self, pages: list[Page], tell: Told) -> Running[list[int]]:
+        """Ask whether pages are current, and tell those of which that could not be proven."""
+
+        def done(running: Running[list[int]]) -> None:
+            try:
+                indices = running.result()
+            except Exception as error:
+                _log.warning("%s: pages could not be proven to be current: %r", self.name, error)
+                tell(pages)
+                return
+            if self._reader.suspicion:
+                self._jobs.extend(self._reader.probes())
+                self._start_jobs()
+            tell([pages[index] for index in indices])
+
+        running = Running(self._reader.prove(pages, self.group), self._carrier, done)
+        running.start()
+        return running
+
+    def _answer_all(
+        self, reads: Mapping[int, Read], deadline: float, reply: Reply, answer: Callable[[], Message]
+    ) -> None:
+        """Have the reads of a message answered, as far as that is possible before the deadline; then reply."""
         if not reads:
+            reply(answer())
             return
         if not self._serving:
-            raise Unavailable(f"{self.name} is stopping")
+            reply(Unavailable(f"{self.name} is stopping"))
+            return
+
+        def over(ticket: _Ticket) -> None:
+            self._tickets.discard(ticket)
+            if ticket.left:
+                self.counters.add("timeouts", ticket.left)
+            try:
+                reply(answer())
+            except Exception as error:
+                reply(error)
+            self._answer_bytes -= ticket.nbytes
+
         self._open += len(reads)
-        ticket = _Ticket(reads)
-        self._tickets.add(ticket)
+        self._tickets.add(_Ticket(list(reads.values()), over, deadline - self._clock()))
         is_resident = self._reader.is_resident
         fast: list[Read] = []
         fill: list[Read] = []
-        for read in reads:
+        for read in reads.values():
             (fast if is_resident(read) else fill).append(read)
         if fast:
             self._fast.put(fast)
         if fill:
             self._fill.put(fill)
-        try:
-            async with asyncio.timeout(deadline - self._clock()):
-                await ticket.future
-        except TimeoutError:
-            self.counters.add("timeouts", ticket.left)
-        finally:
-            self._tickets.discard(ticket)
-            ticket.give_up()  # answers that come now count for nobody
-            self._answer_bytes -= ticket.nbytes
 
     # ------------------------------------------------------------ batches and jobs
 
@@ -375,7 +408,19 @@ class CacheService:
         await self._run(self._reader.batch(reads), reads, counted=False)
 
     async def _run_fill_batch(self, reads: list[Read]) -> None:
-        await self._run(self._reader.batch(reads), reads, counted=True)
+        wanted = [read for read in reads if self._is_wanted(read)]
+        if wanted:
+            await self._run(self._reader.batch(wanted), wanted, counted=True)
+
+    def _is_wanted(self, read: Read) -> bool:
+        """Whether somebody still waits for a read. Behind many others it may have waited until its deadline, and to
+        fetch what nobody waits for would have the next ones wait, too."""
+        ticket = read.ticket
+        if not isinstance(ticket, _Ticket) or not ticket.is_over:
+            return True
+        self.counters.add("abandoned")
+        self._give_up([read], Unavailable("its deadline has passed"))
+        return False
 
     async def _run(self, script: Script[Step], reads: list[Read], *, counted: bool) -> None:
         """Carry out a script for `reads`. Raises nothing but cancellation; every read gets an answer or goes on.
@@ -412,7 +457,7 @@ class CacheService:
     def _count_answer(self, read: Read) -> None:
         """Count an answer until its message is answered, or drop it if there is no room for it."""
         ticket, size = read.ticket, answer_bytes(read)
-        if not isinstance(ticket, _Ticket) or ticket.future.done() or not size:
+        if not isinstance(ticket, _Ticket) or ticket.is_over or not size:
             return
         if ticket.nbytes + size > MAX_ANSWER_BYTES or self._answer_bytes + size > self._max_queued_bytes:
             self.counters.add("refused")

@@ -14,7 +14,8 @@ class ReaderSettings:
 
     `page_items`: items fetched for the newest page of a timeline, at least; reads up to it hit from then on.
     `max_page_items`, `max_page_bytes`: what a kept page may grow to.
-    `attempt_timeout_s`: how long a node may take before another one is asked; doubles with each round of one read.
+    `attempt_timeout_s`: how long a node may take before another one is asked; doubles with each round of one read, and
+    is a millisecond longer for each timeline in the question.
     `suspect_s`, `suspect_max_s`: how long a node that failed is left alone, doubling.
     `probation_timeout_s`: how long a node that failed a short while ago may take before another one is asked.
     `back_off_s`, `back_off_max_s`: bound of the random pause before asking again or settling, doubling.

@@ -14,6 +14,8 @@ Rules (DESIGN section 3; Lamport, "Paxos Made Simple", 2001, with per-entry inst
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..keys import is_system, priority
 from ..messages import (
     NO_BALLOT,
@@ -167,7 +169,7 @@ class Acceptor:
         timeline.record, timeline.open_bytes = facts, open_bytes
         if entry == 1:
             self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
-        self.core.quiet.note(key, value)
+        self.core.quiet.note(key, value.written, value.keys)
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:
@@ -198,6 +200,37 @@ class Acceptor:
             core.remember_ids(timeline, entry, record.request_ids)
         core.counters.add("entries_chosen")
         core.on_chosen(timeline, entry, record.request_ids)
+
+    def choose_all(self, entries: Iterable[tuple[Timeline, int]], ballot: Ballot) -> list[tuple[Timeline, int]]:
+        """Apply the open entries, by number, that were accepted at `ballot` and are as nearly all are: one item of a
+        timeline that is no system timeline. Returns the others. What `choose` does for each, it does in columns."""
+        core = self.core
+        chosen: list[tuple[Timeline, int, list[bytes]]] = []
+        others: list[tuple[Timeline, int]] = []
+        for timeline, entry in entries:
+            facts = timeline.facts
+            if type(facts) is not tuple or timeline.accepted != ballot or timeline.chosen + 1 != entry:
+                others.append((timeline, entry))
+                continue
+            timeline.chosen = entry
+            timeline.log_bytes += timeline.open_bytes
+            timeline.ballot, timeline.origin = ballot, ballot[1]
+            timeline.accepted = timeline.promised = NO_BALLOT
+            timeline.facts = None
+            request_ids = [facts[1]]
+            if timeline.ids is not None:
+                core.remember_ids(timeline, entry, request_ids)
+            chosen.append((timeline, entry, request_ids))
+        timelines = [timeline for timeline, _, _ in chosen]
+        keys = [timeline.key for timeline in timelines]
+        core.versions.changed += timelines
+        core.unmarked.update(zip(keys, timelines, strict=True))
+        core.journal.note_all(keys)
+        core.counters.add("entries_chosen", len(chosen))
+        on_chosen = core.on_chosen
+        for timeline, entry, request_ids in chosen:
+            on_chosen(timeline, entry, request_ids)
+        return others
 
     # ---- values and catching up by log
 

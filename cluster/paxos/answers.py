@@ -29,7 +29,13 @@ class Answers:
 
     def _answer(self, waiter: Waiter, outcome: int, version: int, after: int) -> None:
         for job, index in waiter.jobs:
-            self._finish(job, index, outcome, version, after)
+            job.outcomes[index] = outcome
+            job.versions[index] = version
+            if after > job.after:
+                job.after = after
+            job.open -= 1
+            if not job.open:
+                self._reply(job)
 
     def _finish(self, job: Job, index: int, outcome: int, version: int, after: int) -> None:
         """One request of a message has its outcome; the last one lets the answer go, when batch `after` is durable."""
@@ -37,6 +43,10 @@ class Answers:
         job.versions[index] = version
         job.after = max(job.after, after)
         job.open -= 1
-        if job.open == 0 and job.token != NOBODY:
+        if not job.open:
+            self._reply(job)
+
+    def _reply(self, job: Job) -> None:
+        if job.token != NOBODY:
             answer = (Settled if job.settle else Written)(bytes(job.outcomes), pack_i64(job.versions))
             self.core.reply(job.token, answer, job.after)

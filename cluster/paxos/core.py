@@ -12,10 +12,12 @@ import heapq
 import itertools
 import math
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, cast
+
+import msgspec
 
 from ..counters import Counters
 from ..errors import InvalidRequest
@@ -27,9 +29,6 @@ from .journal import Journal
 from .quiet import Quiet
 from .rows import Meta, Record, decode_record, log_entry, log_key, meta_key
 from .versions import NOT_NOTED, Versions
-
-if TYPE_CHECKING:
-    from .flights import Flight
 
 MAX_ENTRY = (1 << 62) - 1  # of entries, rounds and boots: below what the disk's formats hold
 
@@ -76,8 +75,7 @@ PREPARE, ACCEPT, BACKOFF, CATCH_UP = "prepare", "accept", "backoff", "catch-up"
 FLIGHT = "flight"  # of an own vote: for all entries of a flight
 
 
-@dataclass(slots=True)
-class Waiter:
+class Waiter(msgspec.Struct, gc=False, eq=False):
     """One write request that waits for its entry.
 
     `sent`: an Accept with it may have left this replica, and may still be completed by somebody. `asked_peers`: they
@@ -124,8 +122,7 @@ class SettleWaiter:
     prepared: Ballot = NO_BALLOT
 
 
-@dataclass(slots=True)
-class Proposal:
+class Proposal(msgspec.Struct, eq=False):
     """This replica's attempt to have `entry` decided. Votes are by replica, with the incarnation that gave them.
 
     `flight`: with which it was sent, whose votes count for it too.
@@ -136,11 +133,11 @@ class Proposal:
     phase: str
     due: float
     value: Value | None = None
-    votes: dict[int, int] = field(default_factory=dict)
-    promises: dict[int, tuple[Ballot, Value | None, int]] = field(default_factory=dict)
+    votes: dict[int, int] = {}
+    promises: dict[int, tuple[Ballot, Value | None, int]] = {}
     attempts: int = 0
     resends: int = 0
-    flight: Flight | None = None
+    flight: Any = None  # Flight | None
 
 
 @dataclass(slots=True)
@@ -163,11 +160,15 @@ class Incoming:
     request_ids: list[tuple[int, list[bytes]]] = field(default_factory=list)
 
 
+Facts = tuple[int, bytes, int, bytes]
+"""(written, request id, kind, item key) of an accepted value with one of each, proposed by its ballot's own life."""
+
+
 class Timeline:
     """What a replica knows of one timeline, as acceptor and as proposer.
 
     `chosen`, `ballot`, `origin`: the last chosen entry, the ballot at which it was chosen and who first proposed it.
-    `promised`, `accepted`, `record`: of entry chosen+1, the only one that can be open. `learned`: that it
+    `promised`, `accepted`, `record` (or `facts`): of entry chosen+1, the only one that can be open. `learned`: that it
     was accepted is copied knowledge, not a vote of this replica. `dirty`: number of the engine batch that must be
     durable before others may be told of this state. `digest`, `noted`: its name in the version cache, and what that
     was told last.
@@ -182,6 +183,7 @@ class Timeline:
         "chosen",
         "digest",
         "dirty",
+        "facts",
         "floor",
         "held",
         "ids",
@@ -199,7 +201,6 @@ class Timeline:
         "origin",
         "promised",
         "proposal",
-        "record",
         "settles",
         "waiting",
         "wakes_at",
@@ -221,7 +222,7 @@ class Timeline:
         self.origin: Life = NO_LIFE
         self.promised: Ballot = NO_BALLOT
         self.accepted: Ballot = NO_BALLOT
-        self.record: Record | None = None
+        self.facts: Facts | Record | None = None
         self.learned = False
         self.dirty = 0
         self.ids: dict[bytes, int] | None = None  # of the last W entries, oldest first
@@ -238,9 +239,27 @@ class Timeline:
         self.wakes_at = math.inf  # of its earliest timer
 
     @property
+    def record(self) -> Record | None:
+        """The accepted entry without its values, None if there is none."""
+        facts = self.facts
+        if type(facts) is tuple:
+            written, request_id, kind, item = facts
+            return Record(self.accepted, self.accepted[1], written, [request_id], bytes((kind,)), [item])
+        return cast("Record | None", facts)
+
+    @record.setter
+    def record(self, record: Record | None) -> None:
+        self.facts = record
+
+    @property
     def busy(self) -> bool:
         """Whether something is under way that lives only in memory and that nobody would repeat."""
         return bool(self.proposal or self.waiting or self.settles or self.incoming)
+
+    @property
+    def is_occupied(self) -> bool:
+        """Whether a request that comes has to wait for something."""
+        return self.proposal is not None or bool(self.waiting or self.settles) or self.incoming is not None
 
     def all_waiters(self) -> list[Waiter | SettleWaiter]:
         """Requests and questions that have no answer yet."""
@@ -282,6 +301,7 @@ class Core:
         self.majority = replicas // 2 + 1
         self.peers = [r for r in range(replicas) if r != replica]
         self.life = life
+        self.first_ballot: Ballot = (0, life)  # of entries to which this life has the right
         self.buckets = buckets
         self.engine = engine
         self.settings = settings
@@ -416,8 +436,19 @@ class Core:
         return list(ready.values())
 
     def next_due(self) -> float | None:
-        """Time of the earliest timer."""
-        return self._timers[0][0] if self._timers else None
+        """Time of the earliest timer that anything waits for; those before it are dropped."""
+        while self._timers:
+            due, _, keys = self._timers[0]
+            for key in keys:
+                timeline = self._timelines.get(key)
+                if timeline is None:
+                    continue
+                if timeline.proposal is not None or timeline.waiting or timeline.settles:
+                    return due
+                if timeline.wakes_at == due:
+                    timeline.wakes_at = math.inf
+            heapq.heappop(self._timers)
+        return None
 
     # ---- timelines in memory
 
@@ -435,6 +466,16 @@ class Core:
             self._timelines[key] = found
         else:
             self._timelines.move_to_end(key)
+        return found
+
+    def find_all(self, keys: Sequence[bytes]) -> list[Timeline | None]:
+        """Timelines for a step to work on, loaded if need be; None for those that `load` does not take."""
+        timelines = self._timelines
+        found = list(map(timelines.get, keys))
+        if None in found:
+            self.load(keys)
+            found = list(map(timelines.get, keys))
+        deque(map(timelines.move_to_end, keys if None not in found else filter(timelines.__contains__, keys)), 0)
         return found
 
     def chosen_of(self, keys: Sequence[bytes]) -> list[int]:
@@ -564,6 +605,7 @@ class Core:
                 self.mark(timeline)
             self.drop_held(timeline)
             self.forget_ids(timeline)
+            timeline.facts = None  # who still holds the object sees that it is the timeline no longer
             del self._timelines[timeline.key]
 
     # ---- durable notes that need no fsync of their own
@@ -607,6 +649,8 @@ class Core:
     def remember_ids(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
         """Add the ids of a chosen entry to those in memory, and forget those of entries older than W."""
         self._add_ids(timeline, entry, request_ids)
+        if 2 * self._ids_held > self.settings.request_ids_in_memory:
+            self._with_ids.move_to_end(timeline.key)  # before that, nobody asks which were used last
         if self._ids_held > self.settings.request_ids_in_memory:
             self._bound_ids()
 

@@ -20,9 +20,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 from ..errors import InvalidRequest
+from ..keys import is_system
 from ..messages import (
+    DELETE,
     NO_BALLOT,
     Accept,
     AcceptedAll,
@@ -38,12 +42,18 @@ from ..messages import (
     unpack_i64,
     unpack_u32,
 )
+from .acceptances import Acceptances
 from .acceptor import Acceptor
 from .core import FLIGHT, MAX_ENTRY, Core, Proposal, Timeline
+from .rows import SHORT_ITEM
 
 MAX_FLIGHTS = 1_024
 MAX_ENTRIES_KEPT = 50_000  # of flights that are decided, or that peers have sent: 5 MB
 ID_BYTES = 16
+
+Leaving = tuple[Timeline, Proposal, Ballot, int]
+"""A proposal of round 0: with the ballot at which the entry before was chosen, and the engine batch that holds the own
+acceptance."""
 
 OwnVote = tuple[int, bytes, int, Ballot, str]
 """(engine batch, timeline, entry, ballot, phase) of a vote of this replica that waits to be durable. For a whole flight
@@ -72,15 +82,24 @@ class Departures:
 
     def __init__(self, core: Core) -> None:
         self.core = core
-        self._step: list[tuple[Timeline, Proposal, Ballot, int]] = []
+        self._step: list[Leaving] = []
         self._number = 0
         self._flights: OrderedDict[int, Flight] = OrderedDict()  # that are not decided
-        self._decided: OrderedDict[int, list[tuple[bytes, int]]] = OrderedDict()  # (timeline, entry) of each
+        self._decided: OrderedDict[int, tuple[list[bytes], bytes]] = OrderedDict()  # timelines and entries of each
         self._entries_kept = 0
 
     def add(self, timeline: Timeline, proposal: Proposal, batch: int) -> None:
         """Have a proposal of round 0 leave at the end of this step; engine batch `batch` holds the own acceptance."""
         self._step.append((timeline, proposal, timeline.ballot, batch))
+
+    def add_all(self, leaving: list[Leaving]) -> None:
+        """The same for many."""
+        self._step += leaving
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything waits for the end of the step."""
+        return bool(self._step)
 
     def close(self) -> list[OwnVote]:
         """End a step: what was added goes to the outbox. Own votes for it, to be counted when durable."""
@@ -88,12 +107,12 @@ class Departures:
             return []
         step, self._step = self._step, []
         self.core.counters.add("fast_accepts", len(step))
-        alike: dict[tuple[bool, Ballot], list[tuple[Timeline, Proposal, Ballot, int]]] = {}
-        for one in step:
-            alike.setdefault((one[1].entry == 1, one[2]), []).append(one)
+        alike: dict[tuple[bool, Ballot], list[Leaving]] = {}
+        for like, members in groupby(step, lambda one: (one[1].entry == 1, one[2])):
+            alike.setdefault(like, []).extend(members)
         votes: list[OwnVote] = []
-        for (first_of_all, before), members in alike.items():
-            for part in self._parts(members):
+        for (first_of_all, before), together in alike.items():
+            for part in self._parts(together):
                 # What an earlier life may have sent for a first entry no memory can tell: so it is durable first.
                 after = part[-1][3] if first_of_all else 0
                 if len(part) < self.core.settings.flight_entries:
@@ -102,15 +121,16 @@ class Departures:
                     votes.append(self._send_flight([one[:2] for one in part], before, part[-1][3], after))
         return votes
 
-    def _parts(
-        self, members: list[tuple[Timeline, Proposal, Ballot, int]]
-    ) -> Iterator[list[tuple[Timeline, Proposal, Ballot, int]]]:
+    def _parts(self, members: list[Leaving]) -> Iterator[list[Leaving]]:
         """Members of a flight, cut so that each message is of bounded size."""
         limit = self.core.settings.message_bytes
-        part: list[tuple[Timeline, Proposal, Ballot, int]] = []
+        weights = [one[0].open_bytes + 2 * len(one[0].key) + 64 for one in members]
+        if sum(weights) <= limit:
+            yield members
+            return
+        part: list[Leaving] = []
         size = 0
-        for one in members:
-            weight = one[0].open_bytes + 2 * len(one[0].key) + 64
+        for one, weight in zip(members, weights, strict=True):
             size += weight
             if part and size > limit:
                 yield part
@@ -179,15 +199,16 @@ class Departures:
     def decide(self, flight: Flight) -> None:
         """A majority has accepted the whole flight. What was in it is remembered for a while, for `Unheard`."""
         del self._flights[flight.number]
-        self._decided[flight.number] = [(timeline.key, proposal.entry) for timeline, proposal in flight.members]
+        self._decided[flight.number] = flight.message.timelines, flight.message.entries
         self._entries_kept += len(flight.members)
         while self._entries_kept > MAX_ENTRIES_KEPT:
-            self._entries_kept -= len(self._decided.popitem(last=False)[1])
+            self._entries_kept -= len(self._decided.popitem(last=False)[1][0])
 
     def on_unheard(self, sender: int, message: Unheard) -> None:
         """Tell a peer of each entry of a decided flight that it did not hear of."""
         if message.life == self.core.life:
-            for key, entry in self._decided.get(message.number, ()):
+            keys, entries = self._decided.get(message.number, ([], b""))
+            for key, entry in zip(keys, unpack_i64(entries), strict=True):
                 self.core.send(sender, Chosen(key, entry, (0, self.core.life)))
 
 
@@ -197,18 +218,19 @@ class Arrivals:
     def __init__(self, core: Core, acceptor: Acceptor) -> None:
         self.core = core
         self.acceptor = acceptor
-        self._heard: OrderedDict[tuple[Life, int], tuple[list[bytes], list[int]]] = OrderedDict()
+        self._heard: OrderedDict[tuple[Life, int], _Heard] = OrderedDict()
         self._entries_kept = 0
 
     def on_accepts(self, sender: int, message: Accepts, now: float) -> None:
         """Accept all that nothing stands against; the others have their own answers."""
         core, acceptor = self.core, self.acceptor
         ballot, before, life = (0, message.life), message.before, message.life
-        entries = unpack_i64(message.entries)
-        core.load(message.timelines)
+        columns = _Columns(message)
+        found = core.find_all(message.timelines)
+        rest, after = self._accept_usual(columns, found, ballot)
         others: list[int] = []
-        after = 0
-        for index, (key, entry, value) in enumerate(zip(message.timelines, entries, values_of(message), strict=True)):
+        for index in rest:
+            key, entry, value = message.timelines[index], columns.entries[index], columns.value(index)
             try:
                 timeline = core.owned_timeline(key)
             except InvalidRequest:
@@ -226,15 +248,51 @@ class Arrivals:
             else:
                 others.append(index)
                 acceptor.on_accept(timeline, sender, Accept(key, entry, ballot, before, value), now)
-        self._note(message, entries)
+        self._note(message, _Heard(message.timelines, columns.entries, found))
         core.send(sender, AcceptedAll(message.number, life, pack_u32(others)), after)
 
-    def _note(self, message: Accepts, entries: list[int]) -> None:
+    def _accept_usual(self, columns: _Columns, found: list[Timeline | None], ballot: Ballot) -> tuple[list[int], int]:
+        """Accept what is as nearly all is: one item, for a timeline in memory whose last entry was of the same life and
+        that has nothing open. Indices of the others, and the engine batch. Nothing is read from the engine meanwhile.
+        """
+        core, message, life = self.core, columns.message, ballot[1]
+        acceptances = Acceptances(core, ballot)
+        others: list[int] = []
+        ids, kinds, keys, values = message.request_ids, message.kinds, message.keys, message.values
+        rows = zip(
+            found,
+            columns.entries,
+            columns.written,
+            columns.counts,
+            columns.lows,
+            columns.id_counts,
+            columns.id_lows,
+            strict=False,  # `lows` have one more, the end
+        )
+        for index, (timeline, entry, written, items, low, id_count, id_low) in enumerate(rows):
+            if (
+                timeline is not None
+                and entry == timeline.chosen + 1 > 1
+                and timeline.promised is NO_BALLOT
+                and timeline.accepted is NO_BALLOT
+                and timeline.origin == life
+                and items == 1 == id_count
+                and kinds[low] <= DELETE
+                and len(keys[low]) <= SHORT_ITEM
+                and not is_system(timeline.key)
+            ):
+                request_id = ids[id_low : id_low + ID_BYTES]
+                acceptances.add(timeline, written, request_id, kinds[low], keys[low], values[low])
+            else:
+                others.append(index)
+        return others, acceptances.close()
+
+    def _note(self, message: Accepts, heard: _Heard) -> None:
         if (message.life, message.number) not in self._heard:
-            self._heard[message.life, message.number] = (message.timelines, entries)
-            self._entries_kept += len(entries)
+            self._heard[message.life, message.number] = heard
+            self._entries_kept += len(heard.entries)
             while self._entries_kept > MAX_ENTRIES_KEPT:
-                self._entries_kept -= len(self._heard.popitem(last=False)[1][1])
+                self._entries_kept -= len(self._heard.popitem(last=False)[1].entries)
 
     def on_chosen_all(self, sender: int, message: ChosenAll, now: float) -> None:
         """Apply what was accepted of a flight, fetch what was not."""
@@ -242,30 +300,49 @@ class Arrivals:
         if heard is None:
             self.core.send(sender, Unheard(message.number, message.life))
             return
-        self._entries_kept -= len(heard[1])
-        ballot = (0, message.life)
-        for key, entry in zip(*heard, strict=True):
-            timeline = self.core.timeline(key)
+        self._entries_kept -= len(heard.entries)
+        ballot, find = (0, message.life), self.core.timeline
+        rows = zip(heard.found, heard.timelines, heard.entries, strict=True)
+        members = [(timeline or find(key), entry) for timeline, key, entry in rows]
+        for known, entry in self.acceptor.choose_all(members, ballot):
+            timeline = find(known.key)  # it may have left memory and come back since
             if timeline.accepted == ballot and entry == timeline.chosen + 1:
                 self.acceptor.choose(timeline)
             elif entry > timeline.chosen:
                 self.acceptor.fetch(timeline, sender, now)
 
 
-def values_of(message: Accepts) -> Iterator[Value]:
-    """The value of each timeline."""
-    ids, kinds, keys, values = message.request_ids, message.kinds, message.keys, message.values
-    id_low = low = 0
-    for written, id_count, count in zip(
-        unpack_i64(message.written), unpack_u32(message.id_counts), unpack_u32(message.counts), strict=True
-    ):
-        id_high, high = id_low + ID_BYTES * id_count, low + count
-        if id_count == 1:
-            request_ids = [ids[id_low:id_high]]
-        else:
-            request_ids = [ids[at : at + ID_BYTES] for at in range(id_low, id_high, ID_BYTES)]
-        yield Value(message.life, written, request_ids, kinds[low:high], keys[low:high], values[low:high])
-        id_low, low = id_high, high
+class _Heard(NamedTuple):
+    """A flight of a peer: its timelines and their entries, and what was found of them in memory."""
+
+    timelines: list[bytes]
+    entries: list[int]
+    found: list[Timeline | None]
+
+
+class _Columns:
+    """The columns of an `Accepts`, unpacked. `lows`, `id_lows`: where those of each timeline begin in the flat ones."""
+
+    def __init__(self, message: Accepts) -> None:
+        self.message = message
+        self.entries, self.written = unpack_i64(message.entries), unpack_i64(message.written)
+        self.counts, self.id_counts = unpack_u32(message.counts), unpack_u32(message.id_counts)
+        self.lows = list(accumulate(self.counts, initial=0))
+        self.id_lows = [ID_BYTES * low for low in accumulate(self.id_counts, initial=0)]
+
+    def value(self, index: int) -> Value:
+        """The value of one timeline."""
+        message, ids = self.message, self.message.request_ids
+        low, high = self.lows[index], self.lows[index + 1]
+        request_ids = [ids[at : at + ID_BYTES] for at in range(self.id_lows[index], self.id_lows[index + 1], ID_BYTES)]
+        return Value(
+            message.life,
+            self.written[index],
+            request_ids,
+            message.kinds[low:high],
+            message.keys[low:high],
+            message.values[low:high],
+        )
 
 
 def is_sound(message: Accepts) -> bool:
@@ -286,6 +363,8 @@ def is_sound(message: Accepts) -> bool:
 
 def singles(message: Accepts) -> list[Accept]:
     """The same as a list of single messages."""
-    ballot = (0, message.life)
-    rows = zip(message.timelines, unpack_i64(message.entries), values_of(message), strict=True)
-    return [Accept(key, entry, ballot, message.before, value) for key, entry, value in rows]
+    ballot, columns = (0, message.life), _Columns(message)
+    return [
+        Accept(key, columns.entries[index], ballot, message.before, columns.value(index))
+        for index, key in enumerate(message.timelines)
+    ]

@@ -98,6 +98,16 @@ class Journal:
             self._noted.add(timeline)
             self._pending.append(timeline)
 
+    def note_all(self, timelines: list[bytes]) -> None:
+        """The same for many timelines, each named once."""
+        if self._noted.issuperset(timelines) or not self._core.peers:
+            return
+        fresh = [timeline for timeline in timelines if timeline not in self._noted]
+        if len(self._noted) + len(fresh) > MAX_NOTED:
+            self._noted.clear()
+        self._noted.update(fresh)
+        self._pending += fresh
+
     def marked(self) -> None:
         """All that was chosen up to here is marked in the pending batch."""
         self._marks += 1

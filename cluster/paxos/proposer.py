@@ -49,7 +49,7 @@ from .core import (
     Timeline,
     Waiter,
 )
-from .flights import Departures, Flight, OwnVote
+from .flights import Departures, Flight, Leaving, OwnVote
 from .telling import Telling
 
 MAX_IDS_PER_ENTRY = 256
@@ -87,6 +87,23 @@ class Proposer(Answers):
             self.start(timeline, now)
         if timeline.proposal is None or waiter.deadline < timeline.proposal.due:
             self.core.wake_at(waiter.deadline, timeline)  # else its proposal's timer comes first
+
+    def has_room(self, requests: int, size: int) -> bool:
+        """Whether so many more requests, of so many bytes, may wait."""
+        settings = self.core.settings
+        return (
+            self.queued + requests <= settings.max_queued_requests
+            and self.queued_bytes + size <= settings.max_queued_bytes
+        )
+
+    def proposed(self, leaving: list[Leaving], size: int) -> None:
+        """Requests of `size` bytes were made entries, one each, which this replica has accepted at round 0."""
+        self.queued += len(leaving)
+        self.queued_bytes += size
+        self.core.counters.add("entries_proposed", len(leaving))
+        self.core.counters.add("requests_proposed", len(leaving))
+        self.telling.forget_all([one[0].key for one in leaving])
+        self.departures.add_all(leaving)
 
     def settle(self, timeline: Timeline, waiter: SettleWaiter, now: float) -> None:
         """Find out whether an entry was chosen, for a reader that can't tell from versions alone."""
@@ -268,12 +285,20 @@ class Proposer(Answers):
             self.telling.note_flight(flight.number, now)
         elif not flight.mixed:
             return
-        for timeline, proposal in flight.members:
-            if timeline.proposal is not proposal or proposal.flight is not flight or proposal.phase != ACCEPT:
-                continue
-            if chosen:
-                self._choose(timeline, proposal)
-            elif proposal.votes:  # those of its own may make a majority with these
+        live = [
+            (timeline, proposal)
+            for timeline, proposal in flight.members
+            if timeline.proposal is proposal and proposal.flight is flight and proposal.phase == ACCEPT
+        ]
+        if chosen:
+            entries = [(timeline, proposal.entry) for timeline, proposal in live]
+            for timeline, _ in self.acceptor.choose_all(entries, self.core.first_ballot):
+                open_one = timeline.proposal
+                if open_one is not None and open_one.flight is flight and open_one.phase == ACCEPT:
+                    self._choose(timeline, open_one)
+            return
+        for timeline, proposal in live:
+            if proposal.votes:  # those of its own may make a majority with these
                 vote = Accepted(timeline.key, proposal.entry, proposal.ballot)
                 self.on_accepted(timeline, sender, incarnation, vote, now)
 
@@ -314,6 +339,11 @@ class Proposer(Answers):
         ]
 
     @property
+    def is_stirred(self) -> bool:
+        """Whether anything was proposed in this step, or votes of our own wait to be durable."""
+        return bool(self._own_votes) or self.departures.is_waiting
+
+    @property
     def waits_for_disk(self) -> bool:
         """Whether votes of our own wait to be durable."""
         return bool(self._own_votes)
@@ -344,16 +374,18 @@ class Proposer(Answers):
 
     def on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes], now: float) -> None:
         """An entry was chosen, by whomever: answer the requests that it serves and go on with the rest."""
+        waiting = timeline.waiting
         for request_id in request_ids:
-            waiter = timeline.waiting.get(request_id)
+            waiter = waiting.get(request_id)
             if waiter is not None:
                 self._drop(timeline, waiter, OK, entry)
-        for settle in [s for s in timeline.settles if s.entry <= entry]:
-            timeline.settles.remove(settle)
-            self._finish(settle.job, settle.index, OK, entry, timeline.dirty)
+        if timeline.settles:
+            for settle in [s for s in timeline.settles if s.entry <= entry]:
+                timeline.settles.remove(settle)
+                self._finish(settle.job, settle.index, OK, entry, timeline.dirty)
         proposal = timeline.proposal
         if proposal is not None and proposal.entry <= entry:
-            if proposal.value is not None and proposal.entry == entry > timeline.floor:
+            if waiting and proposal.value is not None and proposal.entry == entry > timeline.floor:
                 # Not so when a state transfer went past the entry: what that entry served may be forgotten by now.
                 for request_id in proposal.value.request_ids:
                     lost = timeline.waiting.get(request_id)
@@ -362,7 +394,7 @@ class Proposer(Answers):
             self.departures.leave(proposal)
             timeline.proposal = None
             timeline.backoff_s /= 2
-        if timeline.proposal is None and (timeline.waiting or timeline.settles):
+        if (waiting or timeline.settles) and timeline.proposal is None:
             self.core.wake_at(now, timeline)
 
     # ---- time

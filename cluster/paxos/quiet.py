@@ -13,10 +13,10 @@ buckets and tables, not of data.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..keys import MAX_TIMESTAMP, timestamp_floor
-from ..messages import Value
 
 if TYPE_CHECKING:
     from .core import Core
@@ -58,18 +58,23 @@ class Quiet:
         if place in self._bounds or len(self._bounds) < MAX_BOUNDS:
             self._put(place, oldest, written)
 
-    def note(self, timeline: bytes, value: Value) -> None:
-        """Rows of a value are written in the pending batch."""
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything to be noted."""
+        return bool(self._bounds or self._scans)
+
+    def note(self, timeline: bytes, written: int, keys: Sequence[bytes]) -> None:
+        """Rows of items are written in the pending batch."""
         if not (self._bounds or self._scans):
             return
         place = place_of(timeline)
         self._scans.pop(place, None)
         bound = self._bounds.get(place)
-        if bound is None or value.written >= bound[1]:
+        if bound is None or written >= bound[1]:
             return
         low = timestamp_floor(bound[0])
-        if any(item and item < low for item in value.keys):
-            self._put(place, bound[0], value.written)
+        if any(item and item < low for item in keys):
+            self._put(place, bound[0], written)
 
     def forget(self, timeline: bytes) -> None:
         """Rows of a timeline are replaced in the pending batch by others, of any age."""

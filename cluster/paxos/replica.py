@@ -27,16 +27,10 @@ from dataclasses import dataclass, field
 from ..counters import Counters
 from ..errors import InvalidRequest, Unavailable
 from ..gate import overloaded
-from ..keys import MAX_ID_BYTES, bucket_of, is_placed_right, is_system
+from ..keys import is_system
 from ..messages import (
-    DELETE,
-    INVALID,
-    MAX_FRAME_BYTES,
-    MISPLACED,
     NO_BALLOT,
     NO_LIFE,
-    PUT,
-    WIPE,
     Accept,
     Accepted,
     AcceptedAll,
@@ -72,22 +66,20 @@ from ..messages import (
     State,
     Unheard,
     Write,
-    Written,
-    pack_i64,
     unpack_i64,
-    unpack_u32,
 )
 from ..storage.engine import Engine
 from ..storage.version_cache import VersionCache
 from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores
-from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline, Waiter
+from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline
 from .digests import DigestIndex
 from .flights import Arrivals
 from .flights import is_sound as flights_fit
+from .intake import MAX_TIMEOUT_MS, Intake
 from .learning import Learning
-from .links import LinkIndex, is_record
+from .links import LinkIndex
 from .proposer import Proposer
 from .reads import Reads
 from .rows import life_key
@@ -96,10 +88,9 @@ from .slices import Slices
 
 JOINING, VOTING, FENCED, LEARNING = "joining", "voting", "fenced", "learning"
 Question = Check | AskVersions | AskSame | AskChosen | AskChanged | AskTables | AskAccepted | AskDigests | Mend | Scan
+_FOR_LEARNERS = (Entries, State)
+_OF_FLIGHTS = (Accepts, AcceptedAll, ChosenAll, Unheard)
 PAST_LIVES = 64  # that a folder remembers; see `identity.py`
-MAX_TIMEOUT_MS = 300_000
-MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece
-MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 HELLO_S = 0.2
 JOIN_S = 1.0  # how long a further peer is waited for, when one has confirmed this life
 
@@ -153,6 +144,7 @@ class Replica:
         self.links = LinkIndex(self.core)
         self.acceptor = Acceptor(self.core)
         self.proposer = Proposer(self.core, self.acceptor)
+        self.intake = Intake(self.core, self.proposer)
         self.arrivals = Arrivals(self.core, self.acceptor)
         self.catch_up = CatchUp(self.core, self.acceptor)
         self.chores = Chores(self.core, self.acceptor, self.links, self._settle_quietly)
@@ -186,79 +178,14 @@ class Replica:
     def require_voting(self) -> None:
         """Raises Unavailable unless this replica takes part in quorums."""
         if self.state != VOTING:
-            raise Unavailable(f"storage replica {self.core.replica} is {self.state}: {self.reason}")
+            reason = f"storage replica {self.core.replica} is {self.state}: {self.reason}"
+            raise Unavailable(reason, retry_after_s=HELLO_S)
 
     def write(self, now: float, token: int, message: Write) -> None:
         """Take a write batch; its `Written` leaves by `token` when every request has an outcome."""
         self.require_voting()
         self._now = now
-        count = len(message.timelines)
-        seen, conditions = unpack_i64(message.seen), unpack_i64(message.if_version)
-        counts = unpack_u32(message.counts)
-        if not (
-            count == len(message.request_ids) == len(seen) == len(conditions) == len(counts)
-            and sum(counts) == len(message.kinds) == len(message.keys) == len(message.values)
-        ):
-            self.core.reply(token, Written(bytes((INVALID,)) * count, pack_i64([0] * count)))
-            return
-        self.core.load(message.timelines)
-        job = Job(token, bytearray(count), [0] * count, count)
-        deadline = now + min(message.timeout_ms, MAX_TIMEOUT_MS) / 1000
-        start = 0
-        self.core.counters.add("write_batches")
-        self.core.counters.add("write_requests", count)
-        self.core.counters.add("items_written", len(message.keys))
-        if not count:
-            self.core.reply(token, Written(b"", b""))
-        for index, key in enumerate(message.timelines):
-            end = start + counts[index]
-            kinds, keys = message.kinds[start:end], message.keys[start:end]
-            values = message.values[start:end]
-            waiter = Waiter(
-                message.request_ids[index],
-                seen[index],
-                conditions[index],
-                kinds,
-                keys,
-                values,
-                sum(map(len, values)) + sum(map(len, keys)),
-                deadline,
-                [(job, index)],
-            )
-            start = end
-            refusal = self._refusal(key, waiter)
-            if refusal:
-                self.proposer.refuse(waiter, refusal)
-            else:
-                self.proposer.enqueue(self.core.timeline(key), waiter, now)
-
-    def _refusal(self, key: bytes, waiter: Waiter) -> int:
-        """Outcome for a request that this replica can't take at all, or 0.
-
-        What passes here goes to disks and peers and must not trouble any of them: an entry that exceeds a frame, or
-        a link that can't be read, would stop its timeline for good.
-        """
-        if not self.core.holds(key):  # else it was judged when it came into memory
-            try:
-                if not is_placed_right(key, self.core.buckets):
-                    return INVALID
-            except InvalidRequest:
-                return INVALID
-            if int.from_bytes(key[:4], "big") not in self._owned_set:
-                return MISPLACED
-        system = is_system(key)
-        for kind, item, value in zip(waiter.kinds, waiter.keys, waiter.values, strict=True):
-            if kind == WIPE:
-                if item or value or system:
-                    return INVALID
-                continue
-            if kind not in (PUT, DELETE) or not is_item_key(item):
-                return INVALID
-            if system and kind == PUT and not is_record(bucket_of(key), item, value):
-                return INVALID
-        if len(waiter.keys) > self.core.settings.entry_items or waiter.size > MAX_REQUEST_BYTES:
-            return INVALID
-        return 0 if waiter.keys and len(waiter.request_id) == 16 else INVALID
+        self.intake.take(now, token, message)
 
     def settle(self, now: float, token: int, message: Settle) -> None:
         """Settle entries for a reader; the `Settled` leaves by `token`."""
@@ -385,17 +312,19 @@ class Replica:
             self._note_life(batch.life)
         if (batch.incarnation_seen, batch.boot_seen) == mine[1:]:
             self.confirmed.add(sender)
-            self._join(now)
+            if self.state == JOINING:
+                self._join(now)
         if self.state not in (VOTING, LEARNING):
             return
-        self.core.load([message.timeline for message in batch.messages if isinstance(message, SingleMessage)])
+        if len(batch.messages) > 1:
+            self.core.load([message.timeline for message in batch.messages if isinstance(message, SingleMessage)])
         for message in batch.messages:
-            if self.state == LEARNING and not isinstance(message, Entries | State):
+            if self.state == LEARNING and not isinstance(message, _FOR_LEARNERS):
                 continue
             try:
                 if not _is_sound(message):
                     raise InvalidRequest("its columns don't fit")
-                if isinstance(message, Accepts | AcceptedAll | ChosenAll | Unheard):
+                if isinstance(message, _OF_FLIGHTS):
                     self._peer_flight(now, sender, batch.life[1], message)
                 elif int.from_bytes(message.timeline[:4], "big") in self._owned_set:
                     self._peer_message(now, sender, batch.life[1], message)
@@ -477,8 +406,9 @@ class Replica:
     def tick(self, now: float) -> None:
         """Let deadlines, repeats and delayed notes happen."""
         self._now = now
-        self._join_at = min(self._join_at, now + JOIN_S)
-        self._join(now)
+        if self.state == JOINING:
+            self._join_at = min(self._join_at, now + JOIN_S)
+            self._join(now)
         for timeline in self.core.due(now):
             self.proposer.wake(timeline, now)
         self.proposer.telling.send(now)
@@ -494,8 +424,11 @@ class Replica:
 
     def next_due(self) -> float:
         """When `tick` has something to do next (monotonic seconds)."""
-        times = [self._hello_at, self.core.next_due(), self.proposer.telling.next_due(), self._mark_at]
-        return min(time for time in times if time is not None)
+        due = self._hello_at if self.core.peers else math.inf
+        for time in (self.core.next_due(), self.proposer.telling.next_due(), self._mark_at):
+            if time is not None and time < due:
+                due = time
+        return due
 
     def durable(self, now: float, batch: int) -> None:
         """All engine batches up to `batch` are on disk."""
@@ -514,44 +447,62 @@ class Replica:
 
     # ---- output
 
+    def is_stirred(self, now: float) -> bool:
+        """Whether the step has to end soon: something is to leave, was proposed, or is due. Else all that the step has
+        done can wait for the end of another one."""
+        core = self.core
+        if core.messages or core.replies or self._hello or self.proposer.is_stirred:
+            return True
+        return self.next_due() <= now
+
     @property
     def waits_for_disk(self) -> bool:
         """Whether anything in the outbox, or an own vote, waits for the engine's log to be flushed."""
         durable = self.core.durable
-        return (
-            self.proposer.waits_for_disk
-            or self._life_noted_in > durable
-            or any(after > durable for after, _, _ in self.core.messages)
-            or any(after > durable for after, _, _ in self.core.replies)
-        )
+        if self.proposer.waits_for_disk or self._life_noted_in > durable:
+            return True
+        for after, _, _ in self.core.messages:
+            if after > durable:
+                return True
+        return any(after > durable for after, _, _ in self.core.replies)
+
+    def answers(self) -> list[tuple[int, Message]]:
+        """Answers that wait for nothing any more; they need not wait for the end of the step either."""
+        core = self.core
+        if not core.replies:
+            return []
+        core.versions.flush()  # before anything leaves
+        durable = core.durable
+        ready = [(token, message) for after, token, message in core.replies if after <= durable]
+        if ready:
+            core.replies = [reply for reply in core.replies if reply[0] > durable]
+        return ready
 
     def take(self, now: float) -> Output:
         """What may leave now."""
-        output = Output()
         core = self.core
         core.versions.flush()  # before anything leaves, and while what has changed is in memory
         core.shrink()
         for timeline in core.due(now):
             self.proposer.wake(timeline, now)
-        if core.replies:
-            output.replies = [(token, message) for after, token, message in core.replies if after <= core.durable]
-            core.replies = [reply for reply in core.replies if reply[0] > core.durable]
+        output = Output(self.answers())
         core.forget_sent()
         self.proposer.close_step()
         if self._life_noted_in > core.durable:
             return output  # a peer's life must be on disk before it hears from us
-        if core.messages:
-            self.proposer.telling.send(now, force=True)
         leaving: dict[int, list[PeerMessage]] = {peer: [] for peer in core.peers} if self._hello else {}
-        staying = []
-        for after, peer, message in core.messages:
-            if after <= core.durable:
-                leaving.setdefault(peer, []).append(message)
-            else:
-                staying.append((after, peer, message))
-        core.messages = staying
         self._hello = False
+        if core.messages:
+            staying = []
+            for after, peer, message in core.messages:
+                if after <= core.durable:
+                    leaving.setdefault(peer, []).append(message)
+                else:
+                    staying.append((after, peer, message))
+            core.messages = staying
         for peer, messages in leaving.items():
+            # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
+            messages[:0] = self.proposer.telling.take(peer)
             output.peers += [(peer, batch) for batch in self._batches(peer, messages)]
         return output
 
@@ -560,22 +511,28 @@ class Replica:
         # A learner has lost the lives that it knew, so its word confirms no other's.
         known = NO_LIFE if self.state == LEARNING else self.core.lives.get(peer, NO_LIFE)
         _, incarnation, boot = known
-        batches: list[list[PeerMessage]] = [[]]
-        size = 0
-        for message in messages:
-            weight = _weight(message)
-            if batches[-1] and size + weight > self.core.settings.message_bytes:
-                batches.append([])
-                size = 0
-            batches[-1].append(message)
-            size += weight
+        batches = self._parts(messages)
         self.core.counters.add("peer_batches", len(batches))
         self.core.counters.add("peer_messages", len(messages))
         past = [] if peer in self.confirmed else self.past
         return [PeerBatch(self.core.life, incarnation, boot, batch, past) for batch in batches]
 
+    def _parts(self, messages: list[PeerMessage]) -> list[list[PeerMessage]]:
+        if len(messages) == 1:
+            return [messages]
+        parts: list[list[PeerMessage]] = [[]]
+        size = 0
+        for message in messages:
+            weight = _weight(message)
+            if parts[-1] and size + weight > self.core.settings.message_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(message)
+            size += weight
+        return parts
+
     def _on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
-        if timeline.busy:
+        if timeline.proposal is not None or timeline.waiting or timeline.settles or timeline.incoming is not None:
             self.proposer.on_chosen(timeline, entry, request_ids, self._now)
         if is_system(timeline.key):
             self.catch_up.on_system_chosen(timeline, self._now)
@@ -593,11 +550,6 @@ def _follows(batch: PeerBatch, known: Life) -> bool:
 def _is_of_past(boot: int, past: Sequence[int]) -> bool:
     """Whether `boot` was a life of a folder with these last ones; of older ones nothing is known any more."""
     return boot in past or (len(past) >= PAST_LIVES and boot < past[0])
-
-
-def is_item_key(key: bytes) -> bool:
-    """Whether bytes can be an item key: long enough for a timestamp, with an end, and not too long."""
-    return 10 <= len(key) <= MAX_ITEM_KEY_BYTES and key[-2:] == b"\x00\x01"
 
 
 def _is_sound(message: PeerMessage) -> bool:

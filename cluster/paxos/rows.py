@@ -20,7 +20,7 @@ import struct
 
 import msgspec
 
-from ..messages import NO_BALLOT, Ballot, Life, Value
+from ..messages import DELETE, NO_BALLOT, PUT, Ballot, Life, Value
 
 _U64 = struct.Struct(">Q")
 _META = struct.Struct("<11q")
@@ -80,6 +80,15 @@ class Meta(msgspec.Struct):
 _record_encoder = msgspec.msgpack.Encoder()
 _record_decoder = msgspec.msgpack.Decoder(Record)
 
+# MessagePack of a record with one request id and one item, as `record_head`, the id, `AFTER_ID`, the item, `VOTE`. Put
+# together so, a record costs a quarter of what the encoder takes.
+_NOTHING = b"\x90\xc4\x00\x90\xc3"  # no ids, no kinds, no keys, and a vote
+_ONE_ID = b"\x91\xc4\x10"
+SHORT_ITEM = 255  # longer ones begin otherwise
+AFTER_ID = [[bytes((0xC4, 1, kind, 0x91, 0xC4, size)) for size in range(SHORT_ITEM + 1)] for kind in (PUT, DELETE)]
+"""By kind and by length of the item's key."""
+VOTE = b"\xc3"
+
 
 def meta_key(timeline: bytes) -> bytes:
     return b"M" + timeline
@@ -119,6 +128,11 @@ IDENTITY_KEY = b"Nidentity"
 LEARNING_KEY = b"Nlearning"  # how far a learner has copied
 
 
+def row_head(written: int, kind: int) -> bytes:
+    """What comes before the value in a row."""
+    return _ROW_HEAD.pack(written, kind)
+
+
 def encode_row(written: int, kind: int, value: bytes) -> bytes:
     return _ROW_HEAD.pack(written, kind) + value
 
@@ -136,6 +150,12 @@ def record_of(ballot: Ballot, value: Value, *, vote: bool = True) -> Record:
 
 def encode_record(record: Record) -> bytes:
     return _record_encoder.encode(record)
+
+
+def record_head(ballot: Ballot, written: int) -> bytes:
+    """How the record of a value begins that the ballot's own life has proposed, with one request and one item."""
+    origin = ballot[1]
+    return _record_encoder.encode(Record(ballot, origin, written, [], b"", []))[: -len(_NOTHING)] + _ONE_ID
 
 
 def ids_record(ballot: Ballot, origin: Life, request_ids: list[bytes]) -> bytes:

@@ -78,7 +78,9 @@ class Versions:
         self.changed.clear()
         if dirty:
             self.cache.mark_dirty(b"".join(dirty))
-        if clean:
+        if 0 < len(clean) <= self.cache.few:
+            self.cache.note_few(b"".join(clean), versions)
+        elif clean:
             self.cache.note(b"".join(clean), np.array(versions, dtype=np.int64))
 
     def missed(self, timeline: Timeline) -> None:

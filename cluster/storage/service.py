@@ -14,17 +14,16 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..budget import IDS_PER_TIMELINE
-from ..carriers.base import CallError, Carrier
+from ..carriers.base import CallError, Carrier, Reply, at_fast_door, settle
 from ..config import StorageConfig
 from ..counters import Counters
 from ..drive import drive
 from ..errors import Corrupt, OutcomeUnknown, TimeTierError, Unavailable
-from ..gate import ITEM_BYTES, REQUEST_BYTES, Gate
 from ..identity import Identity
 from ..keys import digest_seed
 from ..memory.service import CacheService
@@ -57,17 +56,24 @@ from ..topology import Topology
 from .catching_up import catch_up
 from .disk_room import DiskRoom
 from .engine import DurableEngine, EngineDamaged, EngineFailed
+from .flusher import IN_PLACE_S, Flusher
 from .home import EngineHome, OpenEngine, remove_engine, rocks_opener
 from .learning import Progress, Rejoin, Step, ask_lives
 from .version_home import PrivateVersions, VersionHome, owner_of
+from .waiting import Waiting, weight
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_FOR_READER = (ReadItems, ReadPages)
+_QUESTIONS = (Check, AskVersions, AskChosen, AskChanged, AskTables, AskAccepted, Mend)
+_AT_FAST_DOOR = (AskSame, PeerBatch, Write, Settle, *_FOR_READER, *_QUESTIONS)
+
 CHORE_SLICE_S = 0.001
 CHORE_PAUSE_S = 0.003  # after a slice: nobody waits for chores, and readers wait for the processor
 REOPEN_S = 1.0
+IDLE_S = 0.5  # after so long a step ends, whatever it has done
 
 
 def wall_us() -> int:
@@ -106,10 +112,12 @@ class StorageService:
         free_bytes: Callable[[Path], int] = free_bytes,
         remove_engine: Callable[[Path], None] = remove_engine,
         versions: VersionHome | None = None,
+        flush_in_place_s: float = IN_PLACE_S,
     ) -> None:
         """`clock`: monotonic seconds. `wall_us`: microseconds since 1970. `open_engine`: opens the engine of a folder;
         None for RocksDB as `config` says. `free_bytes`: room on the disk of a folder; may raise OSError, as
         `remove_engine` may. `versions`: where the version cache lies; None for memory of this process.
+        `flush_in_place_s`: see `Flusher`.
         """
         self.name = name
         self.group = group
@@ -143,18 +151,15 @@ class StorageService:
         self._replica: Replica | None = None
         self._failed = "not started"
         self._votes_allowed = False
-        self._waiting: dict[int, asyncio.Future[Message]] = {}
-        self._writes: set[int] = set()
-        limits = {"max_requests": config.max_queued_requests, "max_bytes": config.max_queued_mb << 20}
-        self._write_gate = Gate(name, counters, **limits)
-        self._read_gate = Gate(name, counters, **limits)  # of its own: reads go on when writes wait for a slow disk
+        self._waiting = Waiting(
+            name, counters, max_requests=config.max_queued_requests, max_bytes=config.max_queued_mb << 20
+        )
         self._slicing = asyncio.Lock()  # one long answer at a time
-        self._token = 0
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-flush")
-        self._flushing = False
+        self._flusher = Flusher(name, clock, flush_in_place_s)
         self._disk = DiskRoom(name, folder, config.disk_reserve_mb << 20, free_bytes)
         self._pump_planned = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._caught_up: dict[str, Any] = {"rounds": 0, "behind": 0}
         self._rejoin_progress: Progress | None = None
@@ -188,34 +193,45 @@ class StorageService:
 
     async def handle(self, message: Message) -> Message | None:
         match message:
-            case PeerBatch():
-                if self._replica is not None and self._votes_allowed:
-                    self._disk.note_peer(message.life[0], message.full, self._now())
-                    batch = self._disk.allowed(message)
-                    self._guard(lambda replica: replica.peer(self._now(), message.life[0], batch))
-                    self._rejoin_if_fenced()
-                return None
             case AskLives():
                 return self._lives()
-            case Write():
-                self._disk.require_for_write(self._routing.topology.storage_replicas, self._now())
-                return await self._wait(message, lambda r, token: r.write(self._now(), token, message))
-            case Settle():
-                self._disk.require_for_settling()
-                return await self._wait(message, lambda r, token: r.settle(self._now(), token, message))
-            case AskSame():
-                return self._same(message)
-            case Check() | AskVersions() | AskChosen() | AskChanged() | AskTables() | AskAccepted() | Mend():
-                return await self._wait(message, lambda r, token: r.ask(self._now(), token, message))
             case Scan() | AskDigests():
                 return await self._answer_in_slices(message)
-            case ReadPages() | ReadItems():
-                self._require_replica()
-                return await self._reader.handle(message)
             case Ping():
                 return Pong()
+            case _ if isinstance(message, _AT_FAST_DOOR):
+                return await at_fast_door(self.begin, message)
             case _:
                 raise Unavailable(f"{self.name} does not answer a {type(message).__name__}")
+
+    def begin(self, message: Message, reply: Reply) -> bool:
+        """The fast door: for all but what is answered in slices."""
+        if isinstance(message, AskSame):
+            reply(self._same(message))
+        elif isinstance(message, PeerBatch):
+            self._take_batch(message)
+            reply(None)
+        elif isinstance(message, Write):
+            self._disk.require_for_write(self._routing.topology.storage_replicas, self._now())
+            self._ask(message, reply, lambda replica, token: replica.write(self._now(), token, message))
+        elif isinstance(message, _FOR_READER):
+            self._require_replica()
+            return self._reader.begin(message, reply)
+        elif isinstance(message, Settle):
+            self._disk.require_for_settling()
+            self._ask(message, reply, lambda replica, token: replica.settle(self._now(), token, message))
+        elif isinstance(message, _QUESTIONS):
+            self._ask(message, reply, lambda replica, token: replica.ask(self._now(), token, message))
+        else:
+            return False
+        return True
+
+    def _take_batch(self, message: PeerBatch) -> None:
+        if self._replica is not None and self._votes_allowed:
+            self._disk.note_peer(message.life[0], message.full, self._now())
+            batch = self._disk.allowed(message)
+            self._guard(lambda replica: replica.peer(self._now(), message.life[0], batch))
+            self._rejoin_if_fenced()
 
     def _same(self, message: AskSame) -> Message:
         """Nothing that it says waits for the disk, so it leaves before the step ends."""
@@ -271,10 +287,10 @@ class StorageService:
         if self._timer is not None:
             self._timer.cancel()
         replica, self._replica, self._failed = self._replica, None, "stopped"
-        self._fail_waiting("the node stops")
+        self._waiting.fail_all("the node stops")
         if replica is not None:
             replica.core.mark_all()
-        await asyncio.get_running_loop().run_in_executor(self._flusher, lambda: None)  # a flush under way ends first
+        await self._flusher.after(lambda: None)  # a flush under way ends first
         if self._engine is not None:
             try:
                 if replica is not None:
@@ -332,14 +348,14 @@ class StorageService:
     def _end_life(self, reason: str) -> DurableEngine | None:
         """Answer nothing any more. Returns the engine, which is to be let go of."""
         self._replica, self._failed = None, reason
-        self._fail_waiting(f"{self.name}: {reason}")
+        self._waiting.fail_all(f"{self.name}: {reason}")
         engine, self._engine = self._engine, None
         return engine
 
     async def _abandon(self, engine: DurableEngine | None) -> None:
         if engine is not None:
             # In the flusher's thread, so that a flush under way ends before the engine closes.
-            await asyncio.get_running_loop().run_in_executor(self._flusher, engine.abandon)
+            await self._flusher.after(engine.abandon)
 
     async def _reopen(self, failed: DurableEngine | None) -> None:
         await self._abandon(failed)
@@ -427,7 +443,7 @@ class StorageService:
             if engine is None or self._replica is not replica:
                 return
             engine.commit()
-            await asyncio.get_running_loop().run_in_executor(self._flusher, engine.sync)
+            await self._flusher.after(engine.sync)
             await asyncio.to_thread(self._identity.end_learning)
             step(lambda r: r.begin_voting())
         except (TimeTierError, OSError) as error:
@@ -455,29 +471,23 @@ class StorageService:
             raise Unavailable(f"{self.name} is joining", retry_after_s=0.2)
         return self._replica
 
-    async def _wait(self, message: Message, step: Callable[[Replica, int], None]) -> Message:
-        """Give a request to the replica and wait for its answer."""
+    def _ask(self, message: Message, reply: Reply, step: Callable[[Replica, int], None]) -> None:
+        """Give a request to the replica; `reply` is told its answer."""
         self._require_replica().require_voting()
-        self._token = token = self._token + 1
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = future
-        if isinstance(message, Write):
-            self._writes.add(token)
-        gate = self._write_gate if isinstance(message, Write) else self._read_gate
+        token = self._waiting.enter(message, reply)
+        question = not isinstance(message, (Write, Settle))
         try:
-            with gate.entered(*_weight(message)):
-                self._guard(lambda replica: step(replica, token), question=not isinstance(message, Write | Settle))
-                return await future
-        finally:
-            self._waiting.pop(token, None)
-            self._writes.discard(token)
+            self._guard(lambda replica: step(replica, token), question=question)
+        except Exception as error:
+            if (waits := self._waiting.leave(token)) is not None:  # else it was told, as all that waited
+                waits(error)
 
     async def _answer_in_slices(self, message: Scan | AskDigests) -> Message:
         """Answer a question about many rows, one such question at a time. All else has its turn after each slice, and
         half of the time."""
         replica = self._require_replica()
         found: list[tuple[Message, int]] = []
-        with self._read_gate.entered(*_weight(message)):
+        with self._waiting.reads.entered(*weight(message)):
             async with self._slicing:
                 slices = replica.slices(message)
 
@@ -494,7 +504,9 @@ class StorageService:
                     if not found:
                         await asyncio.sleep(self._now() - began)
         self._require_life(replica)
-        return await self._wait(message, lambda r, token: r.answer(token, *found[0]))
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._ask(message, partial(settle, answer), lambda replica, token: replica.answer(token, *found[0]))
+        return await answer
 
     def _require_life(self, replica: Replica) -> None:
         if self._replica is not replica:
@@ -517,7 +529,7 @@ class StorageService:
                 raise
             self._break(error)
             raise OutcomeUnknown(f"{self.name} failed: {error}") from error
-        self._plan_pump()
+        self._step_taken(replica)
 
     def _step_of(self, replica: Replica) -> Step:
         """Lets this life of the replica do something, as a step. It raises Unavailable when the life has ended."""
@@ -529,6 +541,21 @@ class StorageService:
             return results[0]
 
         return step
+
+    def _step_taken(self, replica: Replica) -> None:
+        """Answers that wait for nothing leave at once, all else with what other messages of this turn stir."""
+        try:
+            answers = replica.answers()
+            stirred = replica.is_stirred(self._now())
+        except Exception as error:
+            self._break(error)
+            return
+        for token, answer in answers:
+            self._waiting.answer(token, answer)
+        if stirred:
+            self._plan_pump()
+        else:
+            self._plan_timer(replica)
 
     def _plan_pump(self) -> None:
         if not self._pump_planned:
@@ -545,39 +572,30 @@ class StorageService:
         try:
             replica.tick(now)
             self._send(replica, now)
-            engine.commit()
-            if not self._flushing and replica.waits_for_disk:
-                self._flush(replica, engine)
+            batch = engine.commit()
+            if not self._flusher.busy and replica.waits_for_disk:
+                self._flush(replica, engine, batch)
         except Exception as error:
             self._break(error)
             return
-        self._plan_timer(replica)
+        if self._replica is replica:
+            self._plan_timer(replica)
 
     def _send(self, replica: Replica, now: float) -> None:
         output = replica.take(now)
         for token, answer in output.replies:
-            future = self._waiting.get(token)
-            if future is not None and not future.done():
-                future.set_result(answer)
+            self._waiting.answer(token, answer)
         for peer, batch in output.peers:
             batch.full = self._disk.full
             self._carrier.send(self._routing.topology.storage_node(self.group, peer), batch)
 
-    def _flush(self, replica: Replica, engine: DurableEngine) -> None:
-        """Have the flusher's thread make durable what was written so far."""
-        self._flushing = True
-        batch, began = engine.commit(), self._now()
-        work = asyncio.get_running_loop().run_in_executor(self._flusher, engine.sync)
-        work.add_done_callback(lambda done: self._flushed(done, replica, engine, batch, began))
+    def _flush(self, replica: Replica, engine: DurableEngine, batch: int) -> None:
+        """Have what was written up to a batch made durable."""
+        began = self._now()
+        self._flusher.flush(engine.sync, lambda error: self._flushed(error, replica, batch, began))
 
-    def _flushed(
-        self, done: asyncio.Future[None], replica: Replica, engine: DurableEngine, batch: int, began: float
-    ) -> None:
-        """Go on with what waited for the disk, and flush again at once if something has come to wait meanwhile."""
-        self._flushing = False
-        if done.cancelled():
-            return
-        error = done.exception()
+    def _flushed(self, error: BaseException | None, replica: Replica, batch: int, began: float) -> None:
+        """Go on with what waited for the disk, and flush again soon if something has come to wait meanwhile."""
         if error is None:
             self.counters.add("fsyncs")
             self.counters.add("fsync_us", int((self._now() - began) * 1e6))
@@ -590,27 +608,30 @@ class StorageService:
             replica.durable(self._now(), batch)
             self._send(replica, self._now())
             if replica.waits_for_disk:
-                self._flush(replica, engine)
+                self._plan_pump()
         except Exception as failed:
             self._break(failed)
             return
         self._plan_timer(replica)
 
     def _plan_timer(self, replica: Replica) -> None:
-        loop = asyncio.get_running_loop()
-        wait_s = max(replica.next_due() - self._now(), 0.0005)
-        when = loop.time() + min(wait_s, 0.5)
-        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer.when() <= when:
+        """End a step when time brings the next thing to do, or in half a second. A timer that comes too early stays: to
+        be woken for nothing is cheaper than to set another one for each message."""
+        due = replica.next_due()
+        if self._timer is not None and self._timer_due <= due:
             return
+        now = self._now()
+        wait_s = min(max(due - now, 0.0005), IDLE_S)
         if self._timer is not None:
+            if self._timer_due <= now + wait_s:
+                return
             self._timer.cancel()
-        self._timer = loop.call_at(when, self._pump)
+        self._timer_due = now + wait_s
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._time_has_come)
 
-    def _fail_waiting(self, reason: str) -> None:
-        for token, future in self._waiting.items():
-            if not future.done():
-                kind = OutcomeUnknown if token in self._writes else Unavailable
-                future.set_exception(kind(reason))
+    def _time_has_come(self) -> None:
+        self._timer = None
+        self._pump()
 
     def _keep(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -642,6 +663,7 @@ class StorageService:
             logger.warning("%s can't tell how full its disk is: %s", self.name, error)
             return
         self.counters.set("disk_free_bytes", self._disk.free_bytes)
+        self.counters.set("fsyncs_in_place", self._flusher.in_place)
         replica = self._replica
         if replica is not None:
             self.counters.set("queued_requests", replica.proposer.queued)
@@ -672,16 +694,6 @@ class StorageService:
             # Questions and answers get lost, and transfers are put off: what was behind is looked at again soon.
             interval_s = self._config.catch_up_interval_s
             pause_s = interval_s if complete and not behind else min(interval_s, 2.0)
-
-
-def _weight(message: Message) -> tuple[int, int]:
-    """Requests in a message, and bytes that they take in memory until they are answered."""
-    if isinstance(message, Write):
-        count, items = len(message.timelines), len(message.keys)
-        size = sum(map(len, message.values)) + sum(map(len, message.keys)) + ITEM_BYTES * items
-        return count, size + REQUEST_BYTES * count
-    count = len(message.timelines) if isinstance(message, Check | AskVersions | Settle) else 1
-    return count, REQUEST_BYTES * count
 
 
 def settings_of(config: StorageConfig) -> Settings:

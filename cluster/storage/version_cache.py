@@ -158,10 +158,14 @@ class VersionCache:
     def note(self, digests: bytes, versions: Ints) -> None:
         """The timelines with these digests are at these versions, clean. Of one that comes twice the later counts."""
         if len(versions) <= self.few:
-            for pair, version in zip(_pairs(digests), versions.tolist(), strict=True):
-                self._note_one(*pair, version)
+            self.note_few(digests, versions.tolist())
             return
         self._in_turns(self._find(*_halves(digests)), np.asarray(versions, dtype=np.int64))
+
+    def note_few(self, digests: bytes, versions: list[int]) -> None:
+        """The same for a few, one by one."""
+        for pair, version in zip(_pairs(digests), versions, strict=True):
+            self._note_one(*pair, version)
 
     def mark_dirty(self, digests: bytes) -> None:
         """The timelines with these digests are about to change. Who is not here stays away."""
@@ -217,6 +221,13 @@ class VersionCache:
             asked = asked.at(np.flatnonzero(asked.there & (asked.ways > 0)))
             ways, versions = asked.ways, self._flat_versions.take(asked.places)
         else:
+            first = asked.there & (asked.ways == 0)
+            self._flat_versions[asked.places[first]] = versions[first]  # nothing moves, and no store is torn
+            if first.all():
+                return
+            if first.any():
+                rest = np.flatnonzero(~first)
+                asked, versions = asked.at(rest), versions[rest]
             known = self._flat_low.take(asked.places) == asked.low
             ways = np.where(known, asked.ways, WAYS - 1)
             self.entries += int(np.count_nonzero(self._low[asked.rows, ways] == 0))

@@ -97,7 +97,11 @@ def test_a_block_holds_at_most_so_many_rows_and_bytes() -> None:
     assert len(blocks) > 5
     assert sum(block.rows for block in blocks) == 150
     blocks, data = build(rows, block_rows=40)
-    assert [block.rows for block in blocks] == [40, 40, 40, 30]
+    assert [block.rows for block in blocks] == [40, 40, 20, 40, 10]
+    assert rows_of_all(blocks, data) == rows
+
+
+def rows_of_all(blocks: list[Block], data: bytes) -> Rows:
     again = Rows()
     for part in lone(blocks, data):
         more = part.all_rows()
@@ -106,7 +110,44 @@ def test_a_block_holds_at_most_so_many_rows_and_bytes() -> None:
         again.values += more.values
         again.versions += more.versions
         again.written += more.written
-    assert again == rows
+    return again
+
+
+def test_a_block_ends_between_two_owners_where_that_leaves_it_at_least_half() -> None:
+    rows = some_rows(8, 20)
+    blocks, data = build(rows, block_rows=50)
+    assert [block.rows for block in blocks] == [40, 40, 40, 40]
+    assert all(block.rows <= 50 for block in blocks)
+    assert rows_of_all(blocks, data) == rows
+    alone = some_rows(1, 120)
+    blocks, data = build(alone, block_rows=50)
+    assert [block.rows for block in blocks] == [50, 50, 20], "a long timeline is cut where the block is full"
+    assert rows_of_all(blocks, data) == alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(ITEMS, st.integers(1, 12), st.integers(1, 200))
+def test_blocks_have_all_rows_whatever_their_bounds(
+    items: dict[tuple[bytes, bytes], tuple[bytes, int, int]], block_rows: int, block_bytes: int
+) -> None:
+    rows = rows_from(items)
+    blocks, data = build(rows, block_rows=block_rows, block_bytes=block_bytes)
+    assert rows_of_all(blocks, data) == rows
+    for block, decoded in zip(blocks, lone(blocks, data), strict=True):
+        assert block.rows == 1 or (block.rows <= block_rows and decoded.all_rows().raw_bytes() <= block_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ITEMS)
+def test_the_part_of_an_owner_is_a_block_with_its_rows_alone(
+    items: dict[tuple[bytes, bytes], tuple[bytes, int, int]],
+) -> None:
+    blocks, data = build(rows_from(items))
+    for whole in lone(blocks, data):
+        for owner in {*whole.all_rows().owners, b"nobody"}:
+            part = decode_block(whole.part_of(owner))
+            assert part.rows_of(owner) == whole.rows_of(owner)
+            assert part.rows == len(part.rows_of(owner)[0])
 
 
 def test_a_value_larger_than_a_block_should_be_gets_a_block_of_its_own() -> None:

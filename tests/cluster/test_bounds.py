@@ -96,7 +96,8 @@ def test_ten_times_what_may_wait_for_a_hanging_disk_is_refused_and_what_was_take
     """Entries are chosen by the other two meanwhile; their answers and values still take memory until they leave."""
 
     async def body() -> None:
-        async with StorageCluster(tmp_path, CONFIG) as cluster, contextlib.AsyncExitStack() as stack:
+        cluster_of_thread = StorageCluster(tmp_path, CONFIG, flush_in_place_s=0)
+        async with cluster_of_thread as cluster, contextlib.AsyncExitStack() as stack:
             service, node = cluster.services[FIRST], f"storage-0-{FIRST}"
             owners = (timeline_key(b"t", b"owner-%d" % number, BUCKETS) for number in range(10_000))
             mine = [owner for owner in owners if priority(owner, 3)[0] == FIRST]
@@ -109,7 +110,7 @@ def test_ten_times_what_may_wait_for_a_hanging_disk_is_refused_and_what_was_take
                 calls.append(asyncio.create_task(cluster.client.call(node, message, 60.0)))
                 if number % 50 == 0:
                     await asyncio.sleep(0.02)
-                assert service._write_gate.nbytes <= LIMIT_MB << 20
+                assert service._waiting.writes.nbytes <= LIMIT_MB << 20
             most = (LIMIT_MB << 20) // SIZE
             await wait_for(lambda: sum(not call.done() for call in calls) <= most, "the refusals")
             under_way = sum(not call.done() for call in calls)
@@ -122,7 +123,7 @@ def test_ten_times_what_may_wait_for_a_hanging_disk_is_refused_and_what_was_take
             assert len(written) == under_way
             assert all(answer.outcomes[0] == OK for answer in written)
             assert len(refusals(answers)) == len(calls) - under_way
-            assert service._write_gate.nbytes == service._write_gate.requests == 0
+            assert service._waiting.writes.nbytes == service._waiting.writes.requests == 0
             assert (await cluster.put(FIRST, mine[11], rid(1), [(item_key(0), b"x")]))[0] == OK
 
     asyncio.run(asyncio.wait_for(body(), 60))
@@ -130,12 +131,13 @@ def test_ten_times_what_may_wait_for_a_hanging_disk_is_refused_and_what_was_take
 
 def test_questions_that_wait_for_a_hanging_disk_are_bounded_too(tmp_path: Path) -> None:
     async def body() -> None:
-        async with StorageCluster(tmp_path, CONFIG) as cluster, contextlib.AsyncExitStack() as stack:
+        cluster_of_thread = StorageCluster(tmp_path, CONFIG, flush_in_place_s=0)
+        async with cluster_of_thread as cluster, contextlib.AsyncExitStack() as stack:
             node = f"storage-0-{FIRST}"
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
             release = stack.enter_context(hung_disk(cluster, FIRST))
             write = asyncio.create_task(cluster.client.call(node, put_message(ALICE, rid(2), b"y"), 60.0))
-            await wait_for(lambda: cluster.services[FIRST]._write_gate.requests == 1, "the write")
+            await wait_for(lambda: cluster.services[FIRST]._waiting.writes.requests == 1, "the write")
             calls = [asyncio.create_task(cluster.client.call(node, AskVersions([ALICE]), 60.0)) for _ in range(2_000)]
             await wait_for(lambda: sum(call.done() for call in calls) == 1_800, "the refusals")
             release()

@@ -18,8 +18,9 @@ from timetier.cluster.carriers.base import CallError
 from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.errors import InvalidRequest, TooLarge, Unavailable
 from timetier.cluster.keys import item_key, timeline_key
-from timetier.cluster.memory.lanes import SharedBlockReads
+from timetier.cluster.memory.lanes import ReadLimits, SharedBlockReads
 from timetier.cluster.memory.service import CacheService
+from timetier.cluster.memory.steps import ReaderSettings
 from timetier.cluster.messages import (
     INVALID,
     MISPLACED,
@@ -206,6 +207,28 @@ def test_a_deadline_ends_a_read_and_nothing_of_it_stays_behind() -> None:
         node.network.heal()
         await until(lambda: node.service.status()["counters"]["queue"] == 0)
         assert (await node.items(1)).found == bytes((1,))
+        await node.service.stop()
+
+    asyncio.run(main())
+
+
+def test_what_nobody_waits_for_any_more_is_not_fetched() -> None:
+    async def main() -> None:
+        limits = ReadLimits(fetch_reads=4, fetched_bytes=64 << 20, stall_s=60.0)
+        node = Node(limits=limits, settings=ReaderSettings(page_items=8, attempt_timeout_s=60.0))
+        timelines = [key_of(f"owner-{number}") for number in range(40)]
+        for timeline in timelines:
+            node.world.put(timeline, 1)
+        node.gate.clear()
+        late = await node.pages(*timelines, timeout_ms=20)
+        assert set(late.outcomes) == {UNAVAILABLE}
+        asked = {timeline for message in node.sent(Check) for timeline in message.timelines}
+        assert 0 < len(asked) < 30
+        node.gate.set()
+        await until(lambda: node.service.status()["counters"]["queue"] == 0)
+        assert {timeline for message in node.sent(Check) for timeline in message.timelines} == asked
+        assert node.service.counters.totals["abandoned"] == 40 - len(asked)
+        assert (await node.pages(*timelines)).outcomes == bytes(40)
         await node.service.stop()
 
     asyncio.run(main())

@@ -116,3 +116,56 @@ def test_hints_that_make_no_sense_are_not_waited_for() -> None:
         assert asked.now <= 2.1
         assert error.retry_after_s is not None
         assert 0 < error.retry_after_s <= 60
+
+
+def test_a_learner_or_a_node_that_starts_is_asked_again_soon_and_is_on_no_probation_afterwards() -> None:
+    asked = Asked()
+    first = asked.view.routing.storage_order(ALICE)[0]
+    not_yet = failure(_refusal_of_a_learner())
+    for _ in range(3):
+        assert asked.write(lambda _, call: not_yet if call.node == first else DONE) == 1
+        asked.now += 0.25
+    assert [node for _, node in asked.calls].count(first) == 3
+    assert asked.write(lambda _, call: DONE) == 1
+    assert asked.calls[-1][1] == first
+    assert asked.view.attempt_timeout_s(first, hasty=True) == asked.view.settings.attempt_timeout_s
+
+
+def _refusal_of_a_learner() -> Unavailable:
+    group = Scripted(1)
+    group.replica(0).learning.active = True
+    try:
+        group.replica(0).require_voting()
+    except Unavailable as refusal:
+        return refusal
+    raise AssertionError("it votes")
+
+
+def test_a_node_that_the_map_has_just_added_and_that_does_not_listen_yet_is_asked_again_soon() -> None:
+    asked = Asked()
+    asked.view.update(make_topology(2, caches=3))
+    timelines = [timeline_key(b"moments", b"owner %d" % n, 1024) for n in range(50)]
+    (alices,) = [one for one in timelines if asked.view.routing.cache_order(one)[0] == "cache-0-2"][:1]
+    queries = ItemQueries([alices], [item_key(1)])
+    listens = False
+
+    def answer(_number: int, call: Call) -> Message | CallFailed:
+        if call.node == "cache-0-2" and not listens:
+            return CallFailed(call.node, "no address of it is known", sent=False)
+        return FoundItems(b"\0", pack_i64([1]), b"\1", [b"v"], pack_i64([1]), pack_i64([1]))
+
+    asked.run(read_items(asked.view, queries, 3.0), answer)
+    assert [node for _, node in asked.calls] == ["cache-0-2", asked.view.routing.cache_order(alices)[1]]
+    listens, asked.now = True, asked.now + 0.3
+    asked.run(read_items(asked.view, queries, 3.0), answer)
+    assert asked.calls[-1][1] == "cache-0-2"
+    assert asked.view.attempt_timeout_s("cache-0-2", hasty=True) == asked.view.settings.attempt_timeout_s
+
+
+def test_a_node_that_is_unreachable_long_after_it_was_added_is_suspected() -> None:
+    asked = Asked()
+    asked.view.update(make_topology(2, caches=3))
+    asked.now += 60.0
+    asked.view.unreachable("cache-0-2")
+    asked.now += 0.3
+    assert asked.view.is_suspect("cache-0-2")

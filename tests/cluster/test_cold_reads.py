@@ -21,9 +21,9 @@ from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import bucket_of, item_key, timeline_key
 from timetier.cluster.memory.service import CacheService
-from timetier.cluster.memory.suspicion import Suspicion
-from timetier.cluster.messages import PUT, FoundItems, Message, Pages, Ping, ReadItems, ReadPages, pack_u32, unpack_u32
+from timetier.cluster.messages import PUT, FoundItems, Message, Pages, ReadItems, ReadPages, pack_u32, unpack_u32
 from timetier.cluster.routing import Routing
+from timetier.cluster.suspicion import Suspicion
 
 OWNERS = [b"owner-%d" % number for number in range(150)]
 PER_WINDOW = 20
@@ -80,7 +80,7 @@ class Tiers:
 
         return counting
 
-    async def start(self, folder: Path) -> None:
+    async def start(self, folder: Path, cold_cache_bytes: int) -> None:
         for replica, name in enumerate(COLD):
             node = ColdService(
                 name,
@@ -91,6 +91,7 @@ class Tiers:
                 self.network.carrier(name),
                 disks=1,
                 read_threads=2,
+                block_cache_bytes=cold_cache_bytes,
                 counters=Counters(),
                 files=CountingFiles(self.reads, name),
             )
@@ -157,10 +158,10 @@ class Tiers:
 
 
 @asynccontextmanager
-async def tiers_in(folder: Path) -> AsyncIterator[Tiers]:
+async def tiers_in(folder: Path, cold_cache_bytes: int) -> AsyncIterator[Tiers]:
     async with StorageCluster(folder) as storage:
         tiers = Tiers(storage)
-        await tiers.start(folder)
+        await tiers.start(folder, cold_cache_bytes)
         await tiers.fill()
         try:
             yield tiers
@@ -169,9 +170,9 @@ async def tiers_in(folder: Path) -> AsyncIterator[Tiers]:
                 await node.stop()
 
 
-def run(folder: Path, body: Callable[[Tiers], Awaitable[None]]) -> None:
+def run(folder: Path, body: Callable[[Tiers], Awaitable[None]], *, cold_cache_bytes: int = 0) -> None:
     async def scenario() -> None:
-        async with tiers_in(folder) as tiers:
+        async with tiers_in(folder, cold_cache_bytes) as tiers:
             await body(tiers)
 
     asyncio.run(asyncio.wait_for(scenario(), 90))
@@ -221,6 +222,20 @@ def test_a_block_that_was_read_serves_all_its_owners_without_another_disk_read(t
         assert tiers.reads.total() <= WINDOWS * len(buckets), "each block once"
         assert len(OWNERS) > 2 * len(buckets) - 64, "buckets hold several owners"
 
+    run(tmp_path, body, cold_cache_bytes=16 << 20)
+
+
+def test_pages_of_one_owner_come_from_one_message_to_a_cold_node(tmp_path: Path) -> None:
+    async def body(tiers: Tiers) -> None:
+        tiers.open_cache(block_cache_bytes=64 << 20)
+        end = PER_WINDOW
+        for owner in OWNERS[:5]:
+            tiers.messages.clear()
+            for first in range(0, end, 4):
+                keys = await tiers.page(owner, item(end - first), 4)
+                assert keys == [item(at) for at in range(end - first - 1, end - first - 5, -1)]
+            assert tiers.messages["BlockRead"] == 1
+
     run(tmp_path, body)
 
 
@@ -268,8 +283,8 @@ def test_each_cold_node_is_first_for_a_third_of_the_blocks_and_two_share_what_a_
     first = Counter(routing.cold_order(*block)[0] for block in blocks)
     assert all(abs(first[node] / len(blocks) - 1 / 3) < 0.02 for node in COLD), first
 
-    suspicion = Suspicion(first_s=1.0, longest_s=8.0)
-    suspicion.suspect(COLD[1], 0.0, Ping())
+    suspicion = Suspicion(lambda: 0.0, first_s=1.0, longest_s=8.0)
+    suspicion.suspect(COLD[1])
     then = Counter(suspicion.last(routing.cold_order(*block))[0] for block in blocks)
     assert then[COLD[1]] == 0
     assert all(abs(then[node] / len(blocks) - 1 / 2) < 0.02 for node in (COLD[0], COLD[2])), then

@@ -11,7 +11,8 @@ import pytest
 from cold_model import cold_file, topology
 from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.cold import service as service_module
-from timetier.cluster.cold.block import checksum, read_index
+from timetier.cluster.cold.block import checksum, decode_block, read_index
+from timetier.cluster.cold.link import FORMAT
 from timetier.cluster.cold.service import ColdService
 from timetier.cluster.counters import Counters
 from timetier.cluster.errors import Unavailable
@@ -105,6 +106,11 @@ async def until(condition: Callable[[], bool]) -> None:
 def block_read(at: int = 0) -> BlockRead:
     entry = INDEX.blocks[at]
     return BlockRead("a.arrow", entry.offset, entry.length, entry.crc)
+
+
+def part_read(owner: bytes, at: int = 0) -> BlockRead:
+    entry = INDEX.blocks[at]
+    return BlockRead("a.arrow", entry.offset, entry.length, entry.crc, owner, FORMAT)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -218,6 +224,39 @@ def test_a_node_that_lost_its_disk_gets_a_file_back_when_it_is_read(tmp_path: Pa
         assert isinstance(await group.call(0, block_read()), Failure)
         await until(lambda: group.nodes[0].counters.totals.get("files_repaired") == 1)
         assert group.path(0).read_bytes() == DATA
+
+    run(tmp_path, body)
+
+
+def test_a_reader_of_one_owner_gets_its_rows_alone_from_one_read_of_the_block(tmp_path: Path) -> None:
+    async def body(group: Group) -> None:
+        await group.write("a.arrow", DATA)
+        entry = INDEX.blocks[0]
+        whole = decode_block(DATA[entry.offset : entry.offset + entry.length])
+        owners = sorted(set(whole.all_rows().owners))
+        answers = await asyncio.gather(*[group.call(0, part_read(owner)) for owner in [*owners, b"nobody"]])
+        for owner, answer in zip([*owners, b"nobody"], answers, strict=True):
+            assert isinstance(answer, BlockBytes) and answer.part and answer.crc == checksum(answer.data)
+            assert decode_block(answer.data).rows_of(owner) == whole.rows_of(owner)
+        assert group.nodes[0].counters.totals["block_read_bytes"] == entry.length, "they shared one read"
+        await group.call(0, part_read(owners[0]))
+        assert group.nodes[0].counters.totals["block_read_bytes"] == entry.length, "it is in memory by now"
+
+    run(tmp_path, body)
+
+
+def test_a_damaged_block_is_refused_and_restored_for_a_reader_of_one_owner_too(tmp_path: Path) -> None:
+    async def body(group: Group) -> None:
+        await group.write("a.arrow", DATA)
+        entry = INDEX.blocks[1]
+        owner = decode_block(DATA[entry.offset : entry.offset + entry.length]).all_rows().owners[0]
+        flip(group.path(0), entry.offset + entry.length // 2)
+        answers = await asyncio.gather(*[group.call(0, part_read(owner, 1)) for _ in range(3)])
+        assert {answer.kind for answer in answers if isinstance(answer, Failure)} == {"Corrupt"}
+        assert len([answer for answer in answers if isinstance(answer, Failure)]) == 3
+        await until(lambda: group.nodes[0].counters.totals.get("blocks_repaired") == 1)
+        assert group.path(0).read_bytes() == DATA
+        assert isinstance(await group.call(0, part_read(owner, 1)), BlockBytes)
 
     run(tmp_path, body)
 

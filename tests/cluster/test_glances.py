@@ -14,7 +14,7 @@ from timetier.cluster.memory import glances
 from timetier.cluster.memory.columns import NO_PAGE, ItemGlance, PageGlance
 from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.pages import Page
-from timetier.cluster.memory.proving import ProofLane
+from timetier.cluster.memory.proving import ProofLane, Told
 from timetier.cluster.memory.requests import PageAnswer
 from timetier.cluster.messages import AskSame, Same, pack_u32, unpack_i64
 
@@ -203,55 +203,64 @@ def test_an_answer_of_pages_is_cut_where_it_exceeds_the_limit(monkeypatch: pytes
 # ---------------------------------------------------------------- the lane
 
 
+class Proofs:
+    """Proofs that a test ends by hand, and what the lane told of each."""
+
+    def __init__(self, *, stall_s: float) -> None:
+        self.asked: list[tuple[list[Page], Told]] = []
+        self.told: dict[str, list[Page]] = {}
+        self.given_up = 0
+        self.began = asyncio.Event()
+        self.lane = ProofLane(self._prove, parallel=1, batch_pages=100, max_batches=4, stall_s=stall_s)
+
+    def _prove(self, pages: list[Page], tell: Told) -> Proofs:
+        self.asked.append((pages, tell))
+        self.began.set()
+        return self
+
+    def cancel(self) -> None:
+        self.given_up += 1
+
+    def prove(self, name: str, pages: list[Page]) -> None:
+        self.lane.prove(pages, lambda unproven: self.told.__setitem__(name, list(unproven)))
+
+
 def test_pages_that_come_while_a_proof_is_under_way_share_the_next_and_none_that_was_asked_before() -> None:
     async def main() -> None:
-        asked: list[list[Page]] = []
-        gate = asyncio.Event()
-
-        async def prove(pages: list[Page]) -> list[Page]:
-            asked.append(pages)
-            await gate.wait()
-            return [bad]
-
-        lane = ProofLane(prove, parallel=1, batch_pages=100, max_batches=4, stall_s=5.0)
+        proofs = Proofs(stall_s=5.0)
         good, bad = (page_of(Bench(seed)) for seed in (1, 2))
-        first = asyncio.create_task(lane.unproven([good]))
-        await asyncio.sleep(0)
-        rest = [asyncio.create_task(lane.unproven([good, bad])) for _ in range(5)]
-        await asyncio.sleep(0)
-        assert asked == [[good]]
-        gate.set()
-        await first
-        assert [list(await task) for task in rest] == [[bad]] * 5
-        assert asked == [[good], [good, bad]]
-        await lane.stop()
-        assert list(await lane.unproven([good])) == [good], "who has stopped proves nothing"
+        proofs.prove("first", [good])
+        for name in "abcde":
+            proofs.prove(name, [good, bad])
+        assert [pages for pages, _ in proofs.asked] == [[good]]
+        proofs.asked[0][1]([])
+        assert proofs.told == {"first": []}
+        assert [pages for pages, _ in proofs.asked] == [[good], [good, bad]]
+        proofs.asked[1][1]([bad])
+        assert proofs.told == {"first": [], **{name: [bad] for name in "abcde"}}
+        proofs.lane.stop()
+        proofs.prove("late", [good])
+        assert proofs.told["late"] == [good], "who has stopped proves nothing"
 
     asyncio.run(main())
 
 
 def test_a_proof_that_takes_long_holds_up_the_next_one_only_for_a_while() -> None:
     async def main() -> None:
-        gate = asyncio.Event()
+        proofs = Proofs(stall_s=0.01)
         slow, fast = (page_of(Bench(seed)) for seed in (1, 2))
-
-        async def prove(pages: list[Page]) -> list[Page]:
-            if slow in pages:
-                await gate.wait()
-            return []
-
-        lane = ProofLane(prove, parallel=1, batch_pages=100, max_batches=4, stall_s=0.01)
-        held = asyncio.create_task(lane.unproven([slow]))
-        await asyncio.sleep(0)
+        proofs.prove("slow", [slow])
+        proofs.began.clear()
+        proofs.prove("fast", [fast])
+        assert len(proofs.asked) == 1
         async with asyncio.timeout(5):
-            assert not await lane.unproven([fast])
-        assert not held.done()
-        shared = [asyncio.create_task(lane.unproven([slow])) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        await lane.stop()
-        gate.set()
-        assert not await held and not await shared[0]
-        assert list(await shared[1]) == [slow], "a proof that was given up has proven nothing"
+            await proofs.began.wait()
+        proofs.asked[1][1]([])
+        assert proofs.told == {"fast": []}
+        proofs.prove("queued", [fast])
+        proofs.lane.stop()
+        assert proofs.told == {"fast": [], "slow": [slow], "queued": [fast]}, "what was given up has proven nothing"
+        assert proofs.given_up == len(proofs.asked) - 1
 
     asyncio.run(main())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from timetier.cluster.cold.block_cache import BlockCache
 from timetier.cluster.keys import MIN_TIMESTAMP, item_key
-from timetier.cluster.memory.page_cache import BlockCache, PageCache
+from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.pages import Page, Rows
 
 

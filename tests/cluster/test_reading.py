@@ -522,6 +522,18 @@ def test_blocks_are_read_once_and_only_as_far_as_needed() -> None:
     assert len(bench.sent(BlockRead)) == 1
 
 
+def test_a_question_about_many_timelines_may_take_longer_than_one_about_a_single_one() -> None:
+    bench = Bench()
+    timeouts_s = []
+    for count in (1, 50):
+        reads = [bench.page_read(timeline=key_of(f"owner-{number}")) for number in range(count)]
+        effect = next(bench.reader.batch(reads))
+        assert isinstance(effect, list)
+        timeouts_s.append(min(call.timeout_s for call in effect))
+    assert timeouts_s[0] < 1.05 * bench.reader.settings.attempt_timeout_s, "one that is silent is found out soon"
+    assert timeouts_s[1] - timeouts_s[0] > 0.04
+
+
 def test_a_read_of_many_cold_items_shares_the_blocks() -> None:
     bench = Bench(budget_bytes=0)
     sunk(bench)

@@ -234,7 +234,7 @@ def test_an_error_in_the_middle_of_a_step_ends_the_life_and_nothing_acknowledged
             def fail(*_: object) -> None:
                 raise ValueError("in the middle")
 
-            replica.acceptor._write_entry = fail  # type: ignore[method-assign, assignment]
+            replica.proposer.proposed = fail  # type: ignore[method-assign, assignment]
             with pytest.raises(AssertionError, match="OutcomeUnknown"):
                 await cluster.put(FIRST, ALICE, rid(2), [(item_key(2), b"x")], seen=1)
             await wait_for(lambda: service.status()["state"] == "voting", "the next life")

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Callable
 from random import Random
 
+import msgspec
 import pytest
 from client_model import FixedSource, ModelStore, make_topology, until
+from timetier.cluster.carriers.base import Address
 from timetier.cluster.client.store import AsyncStore
-from timetier.cluster.client.suspects import Suspects
 from timetier.cluster.client.view import ClientSettings, View
+from timetier.cluster.errors import Unavailable
 from timetier.cluster.keys import timeline_key
-from timetier.cluster.memory.suspicion import Suspicion
-from timetier.cluster.messages import Message, Ping, Write
+from timetier.cluster.messages import Message, Ping, Write, failure
+from timetier.cluster.suspicion import Suspicion
 
 NODE = "storage-0-0"
 SETTINGS = ClientSettings(
@@ -37,20 +39,20 @@ class Clock:
         return self.now
 
 
-def suspects(clock: Clock) -> Suspects:
-    return Suspects(clock, first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
+def suspicion(clock: Clock) -> Suspicion:
+    return Suspicion(clock, first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
 
 
-# ---------------------------------------------------------------- the client's
+# ---------------------------------------------------------------- the rules
 
 
-def answer_until_trusted(found: Suspects, clock: Clock) -> float:
+def answer_until_trusted(found: Suspicion, clock: Clock) -> float:
     """Let the node answer whenever it is asked. Seconds from its first answer until it is trusted."""
-    due_at = found.next_due(())
+    due_at = found.next_due()
     assert due_at is not None
     clock.now = due_at
     while NODE in found:
-        due_at = found.next_due(())
+        due_at = found.next_due()
         assert due_at is not None
         clock.now = due_at + 0.001
         found.trust(NODE)
@@ -61,12 +63,11 @@ def answer_until_trusted(found: Suspects, clock: Clock) -> float:
 
 def test_a_node_that_fails_again_is_asked_four_times_as_late_and_has_to_answer_for_some_seconds() -> None:
     clock = Clock()
-    found = suspects(clock)
-    found.probed = True
+    found = suspicion(clock)
     pauses, waits = [], []
     for _ in range(4):
         found.suspect(NODE)
-        due_at = found.next_due(())
+        due_at = found.next_due()
         assert due_at is not None
         pauses.append(due_at - clock.now)
         waits.append(round(answer_until_trusted(found, clock) - due_at, 1))
@@ -78,8 +79,7 @@ def test_a_node_that_fails_again_is_asked_four_times_as_late_and_has_to_answer_f
 
 def test_a_node_that_goes_up_and_down_every_two_seconds_is_trusted_once_and_then_left_alone() -> None:
     clock = Clock()
-    found = suspects(clock)
-    found.probed = True
+    found = suspicion(clock)
     hits = 0
     while clock.now < 160.0:
         up = int(clock.now / 2) % 2 == 1
@@ -94,32 +94,30 @@ def test_a_node_that_goes_up_and_down_every_two_seconds_is_trusted_once_and_then
 
 def test_a_node_that_has_answered_for_long_is_as_good_as_any_other() -> None:
     clock = Clock()
-    found = suspects(clock)
-    found.probed = True
+    found = suspicion(clock)
     for _ in range(3):
         found.suspect(NODE)
         answer_until_trusted(found, clock)
     clock.now += 60.0
     assert not found.on_probation(NODE)
     found.suspect(NODE)
-    assert found.next_due(()) == clock.now + 1.0
+    assert found.next_due() == clock.now + 1.0
     found.trust(NODE)
     clock.now += 60.0
     found.trust(NODE)
-    assert not found, "nothing is left of it"
+    assert not found.remembers, "nothing is left of it"
 
 
 def test_while_somebody_probes_a_suspicion_does_not_end_by_time() -> None:
     clock = Clock()
-    found = suspects(clock)
-    found.probed = True
+    found = suspicion(clock)
     found.suspect(NODE)
     clock.now += 1_000.0
     assert NODE in found
-    assert found.due() == [NODE]
+    assert found.due() == [(NODE, Ping())]
     found.suspect(NODE)  # the probe brought no answer
     assert found.due() == []
-    assert found.next_due(()) == clock.now + 2.0
+    assert found.next_due() == clock.now + 2.0
     found.trust(NODE)
     assert NODE not in found
 
@@ -224,62 +222,102 @@ def test_a_store_that_is_slower_than_an_attempt_may_take_serves_all_the_same() -
     with_store(scenario)
 
 
-# ---------------------------------------------------------------- the reader's
-
-
-def test_a_reader_asks_a_relapsed_node_four_times_as_late_and_gives_it_less_time() -> None:
-    found = Suspicion(first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
-    now = 100.0
+def test_a_node_that_relapses_is_asked_four_times_as_late_and_gets_less_time() -> None:
+    clock = Clock()
+    found = suspicion(clock)
     pauses: list[float] = []
     waits: list[float] = []
     for _ in range(4):
-        found.suspect(NODE, now, Ping())
-        began = now
-        while not found.due(now):
-            now += 0.5
-        pauses.append(now - began)
-        assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
-        first_answer = now
+        found.suspect(NODE)
+        began = clock.now
+        while not found.due():
+            clock.now += 0.5
+        pauses.append(clock.now - began)
+        assert found.timeout_s(NODE, 0.3, 0.1) == 0.3
+        first_answer = clock.now
         while NODE in found:
-            if found.due(now) or now == first_answer:
-                found.trust(NODE, now)
-            now += 0.5
-            assert now < first_answer + 10
-        waits.append(now - 0.5 - first_answer)
-        assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.1
+            if found.due() or clock.now == first_answer:
+                found.trust(NODE)
+            clock.now += 0.5
+            assert clock.now < first_answer + 10
+        waits.append(clock.now - 0.5 - first_answer)
+        assert found.timeout_s(NODE, 0.3, 0.1) == 0.1
     assert pauses == [1.0, 8.0, 16.0, 16.0], "the question was put off once when it was asked, and four times since"
     assert waits == [0.0, 3.0, 3.0, 3.0]
 
 
-def test_a_reader_that_needs_a_node_trusts_it_at_its_first_answer() -> None:
-    found = Suspicion(first_s=1.0, longest_s=8.0)
+def test_a_node_that_is_needed_is_trusted_at_its_first_answer() -> None:
+    clock = Clock()
+    found = suspicion(clock)
     for _ in range(2):
-        found.suspect(NODE, 100.0, Ping())
-        found.trust(NODE, 101.0, at_once=True)
+        found.suspect(NODE)
+        clock.now += 1.0
+        found.trust(NODE, at_once=True)
         assert NODE not in found
 
 
 @pytest.mark.parametrize("failures", [1, 5])
-def test_a_reader_forgets_failures_of_long_ago(failures: int) -> None:
-    found = Suspicion(first_s=1.0, longest_s=8.0, relapse_longest_s=16.0, probation_s=60.0)
-    now = 100.0
+def test_failures_of_long_ago_are_forgotten(failures: int) -> None:
+    clock = Clock()
+    found = suspicion(clock)
     for _ in range(failures):
-        found.suspect(NODE, now, Ping())
-        found.trust(NODE, now, at_once=True)
-    now += 16.0 + 60.0
-    assert found.timeout_s(NODE, now, 0.3, 0.1) == 0.3
-    found.suspect(NODE, now, Ping())
-    assert found.due(now + 0.9) == []
-    assert [node for node, _ in found.due(now + 1.0)] == [NODE]
+        found.suspect(NODE)
+        found.trust(NODE, at_once=True)
+    clock.now += 16.0 + 60.0
+    assert found.timeout_s(NODE, 0.3, 0.1) == 0.3
+    found.suspect(NODE)
+    clock.now += 0.9
+    assert found.due() == []
+    clock.now += 0.1
+    assert [node for node, _ in found.due()] == [NODE]
 
 
 def test_when_too_few_nodes_are_trusted_the_others_are_asked_at_once_and_again_soon() -> None:
-    found = Suspicion(first_s=8.0, longest_s=8.0)
-    found.suspect(NODE, 100.0, Ping())
-    assert found.due(100.2) == []
-    assert [node for node, _ in found.due(100.2, urgent=True)] == [NODE]
-    assert found.due(100.25, urgent=True) == [], "not with every request"
-    assert [node for node, _ in found.due(100.35, urgent=True)] == [NODE]
-    found.trust(NODE, 100.4)
+    clock = Clock()
+    found = Suspicion(clock, first_s=8.0, longest_s=8.0)
+    found.suspect(NODE)
+    asked = []
+    for now, urgent in [(100.2, False), (100.2, True), (100.25, True), (100.35, True)]:
+        clock.now = now
+        asked.append(bool(found.due(urgent=urgent)))
+    assert asked == [False, True, False, True], "not with every request"
+    found.trust(NODE)
     assert not found
-    assert found.due(200.0, urgent=True) == []
+    clock.now = 200.0
+    assert found.due(urgent=True) == []
+
+
+def test_a_node_that_says_not_yet_rests_as_long_as_it_asked_for_and_is_then_as_good_as_any_other() -> None:
+    clock = Clock()
+    found = suspicion(clock)
+    for _ in range(5):
+        found.blame(NODE, failure(Unavailable("it joins", retry_after_s=0.2)))
+        assert NODE in found
+        clock.now += 0.25
+        assert NODE not in found
+    assert found.timeout_s(NODE, 0.5, 0.2) == 0.5
+    assert not found.remembers
+
+
+def test_the_neighbours_of_a_node_that_has_just_failed_are_asked_after_others_for_a_moment() -> None:
+    clock = Clock()
+    found = suspicion(clock)
+    names = ["storage-0-0", "cold-0-0", "cold-0-1"]
+    hosts = {"storage-0-0": "a", "cold-0-0": "a", "cold-0-1": "b"}
+    addresses = {name: Address(name, host=host) for name, host in hosts.items()}
+    found.know(msgspec.structs.replace(make_topology(), addresses=addresses))
+    found.suspect("storage-0-0")
+    assert found.last(names) == ["cold-0-1", "cold-0-0", "storage-0-0"]
+    assert "cold-0-0" not in found
+    clock.now += 1.0
+    assert found.last(names) == ["cold-0-0", "cold-0-1", "storage-0-0"], "it would have failed itself since"
+
+
+def test_on_one_machine_alone_nobody_is_a_neighbour() -> None:
+    clock = Clock()
+    found = suspicion(clock)
+    names = make_topology().node_names()
+    addresses = {name: Address(name, host="a") for name in names}
+    found.know(msgspec.structs.replace(make_topology(), addresses=addresses))
+    found.suspect(names[1])
+    assert found.last(names) == [names[0], *names[2:], names[1]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -184,6 +184,9 @@ class SimEngine:
 
     def put(self, key: bytes, value: bytes) -> None:
         self._pending.append((key, value))
+
+    def put_all(self, keys: Iterable[bytes], values: Iterable[bytes]) -> None:
+        self._pending.extend(zip(keys, values, strict=True))
 
     def delete(self, key: bytes) -> None:
         self._pending.append((key, None))

@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from timetier.cluster.carriers.base import Address, CallError, Handler, answer_frame, decode_answer
+from timetier.cluster.carriers.base import (
+    Address,
+    CallError,
+    Handler,
+    Then,
+    answer_frame,
+    begin_task,
+    decode_answer,
+)
 from timetier.cluster.errors import ProtocolError
 from timetier.cluster.messages import Message, PeerBatch, encode
 
@@ -202,9 +210,9 @@ class SimCarrier:
         finally:
             timer.cancel()
 
-    def start(self, node: str, message: Message, timeout_s: float) -> asyncio.Future[Message]:
+    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
         """Begin a `call`."""
-        return asyncio.get_running_loop().create_task(self.call(node, message, timeout_s))
+        begin_task(self.call(node, message, timeout_s), then)
 
     def send(self, node: str, message: Message) -> bool:
         """Send one way."""

@@ -180,6 +180,7 @@ class World:
             free_bytes=node.disk.free_bytes,
             remove_engine=node.disk.remove_engine,
             versions=node.versions.of(node.disk, life),
+            flush_in_place_s=node.random.choice((0.0, 1.0)),  # all by the thread, or all in place
         )
         shape = self.plan.shape
         service._settings = replace(
