@@ -32,10 +32,10 @@ from typing import Any
 import click
 import numpy as np
 from timetier.cluster.client.store import AsyncStore, AsyncTable
-from timetier.cluster.cold.sink_calls import SinkSettings
+from timetier.cluster.cold.sink_calls import settings_of
 from timetier.cluster.cold.sink_script import TableSink, sink
 from timetier.cluster.cold.sinking import chosen_cut_offs
-from timetier.cluster.config import Config
+from timetier.cluster.config import Config, SinkConfig
 from timetier.cluster.drive import drive
 from timetier.cluster.errors import TimeTierError
 
@@ -108,7 +108,11 @@ async def sink_before(store: AsyncStore, table: str, before_us: int, run: str) -
     now_us = time.time_ns() // 1_000
     cut_offs = chosen_cut_offs(policy, now_us, before=before_us, by_event_time=True)
     script = sink(
-        store.view, [TableSink(table.encode(), policy, cut_offs)], run=run, now_us=now_us, settings=SinkSettings()
+        store.view,
+        [TableSink(table.encode(), policy, cut_offs)],
+        run=run,
+        now_us=now_us,
+        settings=settings_of(SinkConfig()),
     )
     report = await drive(script, store.carrier)
     if report.errors:

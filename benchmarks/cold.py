@@ -3,9 +3,10 @@
     python -m benchmarks.cold [--json] [--blocks 60] [--rows 4096] [--block-rows N]
 
 Each block is read once for the figures "from disk" or "page cache", so it is in nobody's memory, and then once more
-for "decoded", which finds it in the cache node. Before a read from disk the kernel is told to forget the pages of the
-block. `benchmarks.compare` does this in its own cluster; by itself, this program starts a cluster of processes
-(`nodes.py`) and tells the CPU of each tier as well, and what the read of an item in the page cache takes there.
+for "decoded", for another owner, which finds it decoded in the cold node. Before a read from disk the kernel is told
+to forget the pages of the block. `benchmarks.compare` does this in its own cluster; by itself, this program starts a
+cluster of processes (`nodes.py`) and tells the CPU of each tier as well, and what the read of an item whose page is in
+memory takes there.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class ColdReads:
             await self._table.put_many([self._data.write(name, at) for name in chunk for at in times])
             tell(first + len(chunk), len(names))
         await self._sink(TABLE, start + window)
+        await _until_evicted(self._store)
         self._blocks = self._find()
         return {
             "blocks": len(self._blocks),
@@ -238,7 +240,6 @@ async def measure(folder: Path, blocks: int, rows: int, settings: SinkSettings, 
         await _until_it_answers(store)
         reads = ColdReads(store, folder, sink_table, seed, cpu=lambda: cpu_by_part(tiers))
         about = await reads.prepare(blocks, rows, lambda done, total: None)
-        await _until_evicted(store)
         memory = await reads.in_memory(200)
         times = {**await reads.measure(0, 1), "memory": memory[20:]}
         await store.close()
@@ -285,7 +286,7 @@ def _print(report: dict[str, Any]) -> None:
         ("disk", "cold read, from disk"),
         ("raw_page_cache", "pread and decode, page cache"),
         ("page_cache", "cold read, page cache"),
-        ("decoded", "cold read, block decoded before"),
+        ("decoded", "cold read, block decoded already"),
         ("memory", "read of a page in memory"),
     ):
         found = report["us"][name]

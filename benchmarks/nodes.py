@@ -12,15 +12,18 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from timetier.cluster.budget import queued_mb, sends_mb
+from timetier.cluster.budget import budget_mb, queued_mb, sends_mb
 from timetier.cluster.carriers.base import Address
 from timetier.cluster.carriers.direct import DirectCarrier, DirectServer, host_id
 from timetier.cluster.client.store import AsyncStore
 from timetier.cluster.client.view import settings_of
 from timetier.cluster.cold.service import ColdService
+from timetier.cluster.collecting import collect_rarely
 from timetier.cluster.config import Config
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import open_identity
@@ -29,6 +32,8 @@ from timetier.cluster.memory.service import CacheService
 from timetier.cluster.messages import Message, Status, StatusRequest
 from timetier.cluster.storage.service import StorageService
 from timetier.cluster.topology import Topology
+
+from .processes import start_module
 
 SECRET = "5a" * 32
 _START_S = 60.0
@@ -57,20 +62,27 @@ def open_store(folder: Path, config: Config) -> AsyncStore:
     return AsyncStore(carrier, topology_in(folder, config), NoNews(), settings=settings_of(config.client))
 
 
-class NodeProcesses:
-    """All nodes of a cluster, started and ended together."""
+def start_node(name: str, folder: Path, config: Config) -> subprocess.Popen[bytes]:
+    """Start one node. It writes the line `ready` when it serves."""
+    return start_module("benchmarks.nodes", [name, str(folder), config.to_json()], folder / f"{name}.log")
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        """`folder`: a short path, since sockets lie in it."""
+
+class NodeProcesses:
+    """The nodes of a cluster, started and ended together."""
+
+    def __init__(self, folder: Path, config: Config, *, tiers: Collection[str] = ("storage", "cache", "cold")) -> None:
+        """`folder`: a short path, since sockets lie in it. `tiers`: whose nodes are wanted."""
         self.folder = folder
         self.config = config
+        self.tiers = tiers
         self.pids: dict[str, int] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> NodeProcesses:
         try:
             for name in topology_in(self.folder, self.config).node_names():
-                self._start(name)
+                if name.partition("-")[0] in self.tiers:
+                    self._start(name)
             for name, process in self._processes.items():
                 assert process.stdout is not None
                 if process.stdout.readline().strip() != b"ready":
@@ -81,16 +93,7 @@ class NodeProcesses:
         return self
 
     def _start(self, name: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.nodes", name, str(self.folder), self.config.to_json()]
-        with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                cwd=Path(__file__).resolve().parent.parent,
-            )
+        process = start_node(name, self.folder, self.config)
         self._processes[name], self.pids[name] = process, process.pid
 
     def __exit__(self, *_: object) -> None:
@@ -150,6 +153,12 @@ def _make_service(name: str, folder: Path, config: Config, topology: Topology, c
     )
 
 
+def _peak_mb() -> int:
+    """The most memory that this program has used; `getrusage` would count that of the process it was started by."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) >> 10
+
+
 async def _serve(name: str, folder: Path, config: Config) -> None:
     tier = name.partition("-")[0]
     topology = topology_in(folder, config)
@@ -159,10 +168,11 @@ async def _serve(name: str, folder: Path, config: Config) -> None:
     service = _make_service(name, folder, config, topology, carrier)
 
     async def handle(message: Message) -> Message | None:
-        if isinstance(message, StatusRequest):
-            return Status(json.dumps({**service.status(), "counters": service.counters.read()}).encode())
-        answer: Message | None = await service.handle(message)
-        return answer
+        if not isinstance(message, StatusRequest):
+            answer: Message | None = await service.handle(message)
+            return answer
+        figures = {"peak_mb": _peak_mb(), "budget_mb": budget_mb(tier, config), "uptime_s": time.monotonic()}
+        return Status(json.dumps({**service.status(), "counters": service.counters.read(), **figures}).encode())
 
     server = DirectServer(
         handle,
@@ -173,6 +183,7 @@ async def _serve(name: str, folder: Path, config: Config) -> None:
         max_reply_bytes=queued_mb(tier, config) << 20,
     )
     await service.start()
+    collect_rarely()
     if isinstance(service, StorageService):
         service._identity.mark_formatted()
         service.allow_votes()

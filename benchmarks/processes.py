@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+_ROOT = Path(__file__).resolve().parent.parent
 _END_S = 20.0
 _POLL_S = 0.05
 _SCHEDULED = 2  # which clock of a process: the one that the scheduler keeps, in nanoseconds (clock_getcpuclockid(3))
@@ -18,6 +20,22 @@ _SCHEDULED = 2  # which clock of a process: the one that the scheduler keeps, in
 
 class StartError(Exception):
     """A system can't be started; the text says why."""
+
+
+def start_module(module: str, arguments: Iterable[str], log_file: Path) -> subprocess.Popen[bytes]:
+    """Start a program of this package, which is spoken to by its standard input and output and ends with the former.
+
+    What it says of errors goes to `log_file`. Ctrl-C does not reach it.
+    """
+    with log_file.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            cwd=_ROOT,
+        )
 
 
 class Processes:

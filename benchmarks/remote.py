@@ -7,12 +7,12 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
+from .processes import start_module
+
 _OPEN_S = 180.0
 _END_S = 15.0
 _PIECE_BYTES = 1 << 16
@@ -30,15 +30,7 @@ class Remote:
         spec = {"system": system, "client": client, "data": data, "seed": seed}
         self._system = system
         self._log = folder / f"worker-{system}.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                cwd=_ROOT,
-            )
+        self._process = start_module("benchmarks.worker", [json.dumps(spec)], self._log)
         self._unread = b""
         assert self._process.stdout is not None, "a pipe was asked for"
         os.set_blocking(self._process.stdout.fileno(), False)

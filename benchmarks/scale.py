@@ -17,8 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +32,7 @@ from timetier.jobs.bench_data import Dataset
 from timetier.jobs.bench_workloads import PAGE, WORKLOADS, Bench, client_cpu
 
 from .bulk import fill
-from .nodes import NodeProcesses, open_store, topology_in
+from .nodes import NodeProcesses, open_store, start_node, topology_in
 from .processes import cpu_by_part, end_on_signals, memory_bytes
 
 TABLE = "bench"
@@ -43,7 +41,6 @@ STEP = 1_000_000
 HOT_ITEMS, HOT_TIMELINES = 100_000, 10_000  # whichever is less
 COLD_WRITES = "cold put"
 ASKED = ("get1000x4", "get1x64", "page50", "put1000", COLD_WRITES)
-_ROOT = Path(__file__).resolve().parent.parent
 _START_S = 300.0
 _READY_S = 60.0
 _POLL_S = 0.1
@@ -210,19 +207,11 @@ def measure_start(shape: Shape, repeats: int) -> dict[str, Any]:
 def _start_once(folder: Path, config: Config) -> tuple[float, int]:
     """(seconds until it serves, its memory then). Killed afterwards, as by a power failure."""
     began_s = time.monotonic()
-    with (folder / "start.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.nodes", "storage-0-0", str(folder), config.to_json()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-            cwd=_ROOT,
-        )
+    process = start_node("storage-0-0", folder, config)
     try:
         assert process.stdout is not None
         if process.stdout.readline().strip() != b"ready":
-            raise click.ClickException(f"the node did not start: {(folder / 'start.log').read_text()[-500:]}")
+            raise click.ClickException(f"the node did not start: {(folder / 'storage-0-0.log').read_text()[-500:]}")
         return time.monotonic() - began_s, memory_bytes(process.pid)
     finally:
         process.kill()

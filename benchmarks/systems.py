@@ -79,16 +79,33 @@ class TimeTier:
             stop_local_ray(self._folder)
 
 
-class Redis:
+class _Peer:
+    """A system whose servers are processes of its own. `client`: where they listen."""
+
+    def __init__(self) -> None:
+        self.client: dict[str, Any] = {}
+        self._processes: Processes | None = None
+
+    def parts(self, told: Mapping[str, Any]) -> dict[str, list[int]]:
+        return {"servers": self.keepers(told)}
+
+    def keepers(self, told: Mapping[str, Any]) -> list[int]:
+        return self._processes.pids if self._processes else []
+
+    def stop(self) -> None:
+        if self._processes is not None:
+            self._processes.stop()
+
+
+class Redis(_Peer):
     """A primary and two replicas; every command is in the append-only file, and on disk, before it is answered."""
 
     name, title = "redis", "Redis"
 
     def __init__(self, *, unix: bool = False) -> None:
         """`unix`: clients use a Unix socket, as TimeTier's do on the machine of a node."""
-        self.client: dict[str, Any] = {}
+        super().__init__()
         self._unix = unix
-        self._processes: Processes | None = None
 
     def why_missing(self) -> str | None:
         return _why_missing("redis-server", "redis-server", {"redis": "redis", "hiredis": "hiredis"})
@@ -118,25 +135,11 @@ class Redis:
         primary.close()
         self.client = {"unix_socket_path": str(folder / "redis.sock")} if self._unix else {"port": ports[0]}
 
-    def parts(self, told: Mapping[str, Any]) -> dict[str, list[int]]:
-        return {"servers": self._processes.pids if self._processes else []}
 
-    def keepers(self, told: Mapping[str, Any]) -> list[int]:
-        return self._processes.pids if self._processes else []
-
-    def stop(self) -> None:
-        if self._processes is not None:
-            self._processes.stop()
-
-
-class Etcd:
+class Etcd(_Peer):
     """Three members; reads are linearizable, as they are by default. The client speaks to the leader."""
 
     name, title = "etcd", "etcd"
-
-    def __init__(self) -> None:
-        self.client: dict[str, Any] = {}
-        self._processes: Processes | None = None
 
     def why_missing(self) -> str | None:
         return _why_missing("etcd", "etcd-server", {"etcd3": "python3-etcd3", "grpc": "grpcio"})
@@ -164,16 +167,6 @@ class Etcd:
 
         wait_until(has_leader, self._processes)
         self.client = {"port": found[0]}
-
-    def parts(self, told: Mapping[str, Any]) -> dict[str, list[int]]:
-        return {"servers": self._processes.pids if self._processes else []}
-
-    def keepers(self, told: Mapping[str, Any]) -> list[int]:
-        return self._processes.pids if self._processes else []
-
-    def stop(self) -> None:
-        if self._processes is not None:
-            self._processes.stop()
 
 
 def _leads(port: int) -> bool:

@@ -238,7 +238,7 @@ def _cold_text(report: Report) -> str:
         "raw_disk": "  pread and decode of the same block",
         "page_cache": "cold read, block in the page cache",
         "raw_page_cache": "  pread and decode of the same block",
-        "decoded": "cold read, block decoded in the cache node",
+        "decoded": "cold read, block decoded in the cold node",
     }
     rows = [
         [title, *(f"{cold['us'][name][which]:,.0f}" for which in ("median", "min", "max"))]

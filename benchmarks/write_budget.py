@@ -1,6 +1,7 @@
 """Where the CPU time of a call with 1,000 writes goes, step by step.
 
     python -m benchmarks.write_budget [--calls 40] [--owners 2000]
+    python -m benchmarks.write_budget --items 1 --calls 3000
 
 A client and three replicas in one thread: the production code of each step (arguments, scripts, codec, replicas,
 RocksDB) without sockets, event loop and fsync, so that each step can be timed by itself. Steps of the replicas are
@@ -25,13 +26,14 @@ from timetier.cluster.client.view import View
 from timetier.cluster.collecting import collect_rarely
 from timetier.cluster.config import Config
 from timetier.cluster.counters import Counters
-from timetier.cluster.messages import Accepts, PeerBatch, decode, encode
+from timetier.cluster.messages import Accepts, Message, PeerBatch, decode, encode
 from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import JOIN_S, VOTING, Replica
 from timetier.cluster.storage.engine import RocksEngine
 from timetier.cluster.storage.version_cache import Owner, VersionCache
 
 ITEMS_PER_CALL = 1_000
+WARM_UP_ITEMS = 300
 VALUE_BYTES = 200
 WARM_UP_CALLS = 5
 END_OF_STEP = "replica: end a step (messages, version cache, timers)"
@@ -42,10 +44,11 @@ SHOWN = ("peer_batches", "peer_messages", "prepares", "flights")
 class Budget:
     """Client and replicas. `spent_s`: CPU seconds by step."""
 
-    def __init__(self, folder: Path, owners: int, seed: int) -> None:
+    def __init__(self, folder: Path, owners: int, items: int, seed: int) -> None:
         self.spent_s: defaultdict[str, float] = defaultdict(float)
         self.now = 0.0
         self._random = random.Random(seed)
+        self._items = items
         self._owners = [f"owner-{number}" for number in range(owners)]
         config = Config.from_json(json.dumps({"data_dir": str(folder), "default_table": {}}))
         self._topology = config.topology(cluster_id="c", namespace="n", epoch=1, addresses={}, secret="00" * 16)
@@ -83,8 +86,8 @@ class Budget:
         )
 
     def call(self) -> None:
-        """Write one item to each of 1,000 timelines."""
-        names = self._random.sample(self._owners, ITEMS_PER_CALL)
+        """Write one item to each of some timelines."""
+        names = self._random.sample(self._owners, self._items)
         items = [(name, self._random.randrange(10**15), b"v" * VALUE_BYTES) for name in names]
         writes = self._timed("client: arguments", put_requests, b"t", self._topology.buckets, items)
         script = write(self._view, writes.requests, 10.0)
@@ -113,13 +116,23 @@ class Budget:
         self.spent_s[step] += time.thread_time() - began
         return result
 
+    def _step_taken(self, number: int) -> None:
+        """What a node does after each message: it ends the step only where there is something to do."""
+        replica = self.replicas[number]
+        self._reply(self._timed(END_OF_STEP, replica.answers))
+        if self._timed(END_OF_STEP, replica.is_stirred, self.now):
+            self._pump(number)
+
+    def _reply(self, answers: list[tuple[int, Message]]) -> None:
+        for token, answer in answers:
+            self._answers[token] = self._timed("replica: codec", encode, answer)
+
     def _pump(self, number: int) -> None:
         """End a step of a replica, as its node does."""
         replica = self.replicas[number]
         self._timed(END_OF_STEP, replica.tick, self.now)
         output = self._timed(END_OF_STEP, replica.take, self.now)
-        for token, answer in output.replies:
-            self._answers[token] = self._timed("replica: codec", encode, answer)
+        self._reply(output.replies)
         for peer, batch in output.peers:
             self._frames.append((number, peer, self._timed("replica: codec", encode, batch), _step_of(batch)))
         self._timed("RocksDB: write, and its journal row", replica.core.engine.commit)
@@ -133,7 +146,7 @@ class Budget:
                 source, target, frame, step = self._frames.pop(0)
                 message = self._timed("replica: codec", decode, frame)
                 self._timed(step, self.replicas[target].peer, self.now, source, message)
-                self._pump(target)
+                self._step_taken(target)
             waiting = [number for number, replica in enumerate(self.replicas) if replica.waits_for_disk]
             if not waiting:
                 return
@@ -167,18 +180,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calls", type=int, default=40, help="calls that are measured (default: 40)")
     parser.add_argument("--owners", type=int, default=2_000, help="timelines, 1,000 at least (default: 2,000)")
+    parser.add_argument("--items", type=int, default=ITEMS_PER_CALL, help="items of a call (default: 1,000)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    if not 1 <= arguments.items <= ITEMS_PER_CALL:
+        parser.error(f"--items: 1 to {ITEMS_PER_CALL:,}")
     with tempfile.TemporaryDirectory(prefix="timetier-budget-") as folder:
-        budget = Budget(Path(folder), max(arguments.owners, ITEMS_PER_CALL), arguments.seed)
-        for _ in range(WARM_UP_CALLS):
+        owners = max(arguments.owners, ITEMS_PER_CALL)
+        budget = Budget(Path(folder), owners, arguments.items, arguments.seed)
+        for _ in range(max(WARM_UP_CALLS, WARM_UP_ITEMS // arguments.items)):
             budget.call()
         collect_rarely()
         budget.spent_s.clear()
         counted = [sum(r.core.counters.totals.get(name, 0) for r in budget.replicas) for name in SHOWN]
         for _ in range(arguments.calls):
             budget.call()
-        items = arguments.calls * ITEMS_PER_CALL
+        items = arguments.calls * arguments.items
         for step, seconds in sorted(budget.spent_s.items(), key=lambda row: -row[1]):
             print(f"{step:55s} {seconds / items * 1e6:7.2f} us an item")
         print(f"{'all':55s} {sum(budget.spent_s.values()) / items * 1e6:7.2f}")

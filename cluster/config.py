@@ -276,6 +276,9 @@ class SinkConfig(_Section):
     orphan_grace: Duration = Field(
         default=600.0, ge=1, description="age from which a cold file that no link names is removed by the next run"
     )
+    rest: Seconds = Field(
+        default=2.0, ge=0, le=100, description="how long the sink rests after each step, in times as long as it took"
+    )
 
 
 class ClientConfig(_Section):

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from .carriers.base import CallError, Carrier
 from .effects import Call, CallFailed, Script, Sleep
-from .messages import Message
+from .messages import Message, Ping
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Running(Generic[T]):
     An error other than CallError (a message beyond the frame limit, say) is raised inside the script, at its yield.
     """
 
-    __slots__ = ("_carrier", "_done", "_left", "_results", "_script", "_timer", "error", "is_over", "value")
+    __slots__ = ("_carrier", "_done", "_left", "_results", "_script", "_timer", "_watches", "error", "is_over", "value")
 
     def __init__(self, script: Script[T], carrier: Carrier, done: Callable[[Running[T]], None]) -> None:
         """`done` is called once, when the script has ended, maybe before `start` returns; not after `cancel`."""
@@ -37,6 +37,7 @@ class Running(Generic[T]):
         self._left = 0  # answers to come, and one more while calls are being made
         self._results: list[_Result] = []  # of the present calls
         self._timer: asyncio.TimerHandle | None = None
+        self._watches: list[asyncio.TimerHandle] = []  # over the present calls
 
     def start(self) -> None:
         """Run the script until it waits."""
@@ -54,6 +55,7 @@ class Running(Generic[T]):
         if not self.is_over:
             self.is_over = True
             self._results = []
+            self._end_watches()
             if self._timer is not None:
                 self._timer.cancel()
             self._script.close()
@@ -93,11 +95,13 @@ class Running(Generic[T]):
                 begin(call.node, call.message, call.timeout_s, then)
             except Exception as error:
                 then(error)
+            if call.quiet_s and results[index] is None:
+                self._watch(results, index, call)
         self._left -= 1
 
     def _answered(self, results: list[_Result], index: int, call: Call, outcome: Message | Exception) -> None:
-        if results is not self._results:
-            return  # cancelled
+        if results is not self._results or results[index] is not None:
+            return  # cancelled, or given up
         if isinstance(outcome, CallError):
             results[index] = CallFailed(call.node, outcome.message, outcome.sent)
         else:
@@ -106,8 +110,33 @@ class Running(Generic[T]):
         if not self._left:
             self._resume(*self._gathered())
 
+    def _watch(self, results: list[_Result], index: int, call: Call) -> None:
+        """See after a while whether the node of a call is there at all."""
+        loop = asyncio.get_running_loop()
+        self._watches.append(loop.call_later(call.quiet_s, self._ask_for_life, results, index, call))
+
+    def _ask_for_life(self, results: list[_Result], index: int, call: Call) -> None:
+        def then(outcome: Message | Exception) -> None:
+            if results is not self._results or results[index] is not None:
+                return
+            if isinstance(outcome, Exception):
+                reason = f"{call.node} does not even say that it is there"
+                self._answered(results, index, call, CallError(reason, sent=True))
+            else:
+                self._watch(results, index, call)
+
+        if results is self._results and results[index] is None:
+            self._carrier.begin(call.node, Ping(), call.quiet_s, then)
+
+    def _end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        self._watches.clear()
+
     def _gathered(self) -> tuple[list[_Result], Exception | None]:
         """What the calls brought, and the first error to be raised."""
+        if self._watches:
+            self._end_watches()
         return self._results, next((one for one in self._results if isinstance(one, Exception)), None)
 
     def _end(self, value: T | None, error: Exception | None) -> None:

@@ -20,11 +20,17 @@ from .messages import Message
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Send `message` to `node` (by name) and wait for its answer, `timeout_s` seconds at most."""
+    """Send `message` to `node` (by name) and wait for its answer, `timeout_s` seconds at most.
+
+    `quiet_s`: after each so many seconds without an answer, the node is asked whether it is there at all; if it does
+    not say so within as many seconds, the call has failed. So a node that is slow has all its time, and one that is
+    gone, or behind a link that is, costs little of it. 0: nobody asks.
+    """
 
     node: str
     message: Message
     timeout_s: float
+    quiet_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

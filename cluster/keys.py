@@ -40,6 +40,7 @@ _SIGN = 1 << 63
 _BUCKET = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 _END = b"\x00\x01"
+_FILLED_END = _END + b"\x00\x00"
 MIN_ITEM_KEY_BYTES = 8 + len(_END)  # of an item without an id
 _MAX_ITEM_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + len(_END)
 _PRIORITY_SEED = 0x7133  # apart from the bucket's hash, so that priority is even within every bucket
@@ -174,9 +175,24 @@ def item_keys_timestamps(keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
     return (raw ^ np.uint64(_SIGN)).view(np.int64)
 
 
+def item_ids(keys: Sequence[bytes]) -> list[bytes]:
+    """Ids of many item keys; most have none, which shows in their length."""
+    if sum(map(len, keys)) == MIN_ITEM_KEY_BYTES * len(keys):
+        return [b""] * len(keys)
+    return [split_item_key(key)[1] for key in keys]
+
+
 def encode_token(key: bytes) -> str:
     """Page token for an item key. It stays valid for ever, in every tier: it names a place, not a cursor."""
     return base64.urlsafe_b64encode(key).decode().rstrip("=")
+
+
+def encode_tokens(timestamps: Sequence[int]) -> list[str]:
+    """Page tokens of the keys of items without an id: `encode_token(item_key(timestamp))` of many."""
+    # Filled up to 12 bytes each, so that their base64 lies side by side; what that adds is cut off.
+    joined = b"".join([_U64.pack(timestamp + _SIGN) + _FILLED_END for timestamp in timestamps])
+    text = base64.urlsafe_b64encode(joined).decode()
+    return [text[at : at + 14] for at in range(0, len(text), 16)]
 
 
 def decode_token(token: str) -> bytes:

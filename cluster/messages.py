@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from . import errors
 from .errors import ProtocolError, TimeTierError
+from .packed_items import Item
 
 MAX_FRAME_BYTES = 64 << 20  # the largest frame that a carrier takes; batches stay far below it
 
@@ -175,16 +176,13 @@ class ReadPages(_Message):
 
 
 class Pages(_Message):
-    """Answer to `ReadPages`: items newest first. `more`: 1 where older items may exist."""
+    """Answer to `ReadPages`. `items`: of each page, oldest first (a node packs them, see `packed_items`). `more`: 1
+    where older items may exist."""
 
     outcomes: bytes
     timeline_versions: bytes
-    counts: bytes
     more: bytes
-    keys: list[bytes]
-    values: list[bytes]
-    versions: bytes
-    written: bytes
+    items: list[list[Item]]
 
 
 class ReadItems(_Message):
@@ -197,14 +195,11 @@ class ReadItems(_Message):
 
 
 class FoundItems(_Message):
-    """Answer to `ReadItems`. `found`: 1 where the item exists."""
+    """Answer to `ReadItems`. `items`: None where there is none (a node packs them, see `packed_items`)."""
 
     outcomes: bytes
     timeline_versions: bytes
-    found: bytes
-    values: list[bytes]
-    versions: bytes
-    written: bytes
+    items: list[Item | None]
 
 
 # ---------------------------------------------------------------- reader -> storage

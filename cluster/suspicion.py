@@ -118,6 +118,10 @@ class Suspicion:
         near = self._just_failed_hosts()
         return sorted(nodes, key=lambda node: 2 if node in self else int(self._hosts.get(node) in near))
 
+    def is_clean(self, node: str) -> bool:
+        """Whether nothing is held against a node: it is not suspected, nor was it lately, and does not rest."""
+        return node not in self._records and not self._rests(node)
+
     def on_probation(self, node: str) -> bool:
         """Whether the node was suspected a short while ago, and is not now."""
         record = self._records.get(node)

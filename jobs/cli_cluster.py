@@ -22,6 +22,7 @@ from .cli_common import (
     progress,
     show,
     table_of,
+    timeout_option,
 )
 
 _ROOM_BYTES = 1 << 20  # a folder without that much room can't hold a cluster
@@ -34,14 +35,7 @@ _ROOM_BYTES = 1 << 20  # a folder without that much room can't hold a cluster
     type=click.Path(exists=True, dir_okay=False, resolve_path=True, path_type=Path),
     help="Configuration (YAML).  [default: what the data folder was created with, or the embedded default]",
 )
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=1.0),
-    default=120.0,
-    show_default=True,
-    help="Seconds to wait for all nodes.",
-)
+@timeout_option("all nodes")
 @cluster_options
 def up(
     config_file: Path | None,

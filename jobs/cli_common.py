@@ -46,6 +46,18 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 table_option = click.option("--table", required=True, envvar="TIMETIER_TABLE", help="Name of the table.")
 
 
+def timeout_option(what: str) -> Callable[[F], F]:
+    """The option that says how long a command waits. `what`: it waits for, in words."""
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=1.0),
+        default=120.0,
+        show_default=True,
+        help=f"Seconds to wait for {what}.",
+    )
+
+
 def cluster_options(command: F) -> F:
     """Options that say which cluster is meant, and `--json`."""
     for option in (json_option, namespace_option, address_option, data_dir_option):

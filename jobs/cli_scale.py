@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli_common import NAMESPACE, cluster_options, enter, progress, show
+from .cli_common import NAMESPACE, cluster_options, enter, progress, show, timeout_option
 
 
 @click.command()
@@ -16,14 +16,7 @@ from .cli_common import NAMESPACE, cluster_options, enter, progress, show
     required=True,
     help="Cache nodes per storage group that there shall be.",
 )
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=1.0),
-    default=120.0,
-    show_default=True,
-    help="Seconds to wait for added nodes.",
-)
+@timeout_option("added nodes")
 @cluster_options
 def scale(
     cache_nodes: int,

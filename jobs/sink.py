@@ -19,13 +19,14 @@ from typing import Any
 import click
 
 from ..actors.connecting import ClusterStore, connect_async
-from ..cluster.cold.sink_calls import SinkSettings, tables_in_use
+from ..cluster.cold.sink_calls import SinkSettings, settings_of, tables_in_use
 from ..cluster.cold.sink_script import SinkProgress, SinkReport, TableSink, sink
 from ..cluster.cold.sinking import CutOffs, chosen_cut_offs
 from ..cluster.drive import drive
 from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
 from ..cluster.topology import Topology
 
+_NICENESS = 10  # nobody waits for the sink, and readers may wait for the processor that it has
 _REPORT_PERIOD_S = 0.5
 _REPORTED_ERRORS = 10
 _REPORTED_ERROR_CHARS = 500
@@ -56,13 +57,7 @@ def tables_to_sink(
 
 async def run_sink(store: ClusterStore, tasks: list[TableSink], run: str, now_us: int) -> SinkReport:
     """Run the sink with a connected store; the Router is told how it goes, if it answers."""
-    config = store.config.sink
-    settings = SinkSettings(
-        block_rows=config.block_rows,
-        block_bytes=config.block_kb << 10,
-        file_bytes=config.file_mb << 20,
-        orphan_grace_s=config.orphan_grace,
-    )
+    settings = settings_of(store.config.sink)
     last: list[SinkProgress] = []
     name = re.sub("[^a-z0-9-]", "-", run.lower())[-40:]
     script = sink(store.view, tasks, run=name, now_us=now_us, settings=settings, progress=lambda p: last.append(p))
@@ -136,4 +131,5 @@ def main(namespace: str, tables: tuple[str, ...], before: int | None, by_event_t
 
 
 if __name__ == "__main__":
+    os.nice(_NICENESS)
     main()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.client.faces import Store
 from timetier.cluster.client.store import AsyncStore
+from timetier.cluster.keys import split_item_key
 from timetier.cluster.messages import (
     CONFLICT,
     DELETE,
@@ -30,10 +31,10 @@ from timetier.cluster.messages import (
     Write,
     Written,
     pack_i64,
-    pack_u32,
     unpack_i64,
     unpack_u32,
 )
+from timetier.cluster.packed_items import Item
 from timetier.cluster.topology import TablePolicy, Topology
 
 POLICY = TablePolicy(per_second=1_000_000, cold_after=10**12, window=10**10)
@@ -179,42 +180,30 @@ class ModelStore:
         return timeline.version
 
     def _pages(self, message: ReadPages) -> Pages:
-        answer = Pages(bytes(len(message.timelines)), b"", b"", b"", [], [], b"", b"")
-        timeline_versions, counts, more, versions, written = [], [], bytearray(), [], []
+        pages: list[list[Item]] = []
+        timeline_versions, more = [], bytearray()
         limits = unpack_u32(message.limits)
         for key, before, limit in zip(message.timelines, message.before, limits, strict=True):
             timeline = self.timelines.get(key, _Timeline())
             keys = sorted((k for k in timeline.items if not before or k < before), reverse=True)
-            for item_key in keys[:limit]:
-                value, version, written_us = timeline.items[item_key]
-                answer.keys.append(item_key)
-                answer.values.append(value)
-                versions.append(version)
-                written.append(written_us)
+            pages.append([_item(item_key, timeline.items[item_key]) for item_key in reversed(keys[:limit])])
             timeline_versions.append(timeline.version)
-            counts.append(min(limit, len(keys)))
             more.append(len(keys) > limit)
-        answer.timeline_versions, answer.counts, answer.more = (
-            pack_i64(timeline_versions),
-            pack_u32(counts),
-            bytes(more),
-        )
-        answer.versions, answer.written = pack_i64(versions), pack_i64(written)
-        return answer
+        return Pages(bytes(len(pages)), pack_i64(timeline_versions), bytes(more), pages)
 
     def _items(self, message: ReadItems) -> FoundItems:
-        rows = []
-        for timeline_key, key in zip(message.timelines, message.keys, strict=True):
-            timeline = self.timelines.get(timeline_key, _Timeline())
-            rows.append((timeline.version, key in timeline.items, *timeline.items.get(key, (b"", 0, 0))))
-        return FoundItems(
-            bytes(len(rows)),
-            pack_i64([row[0] for row in rows]),
-            bytes(row[1] for row in rows),
-            [row[2] for row in rows],
-            pack_i64([row[3] for row in rows]),
-            pack_i64([row[4] for row in rows]),
-        )
+        timelines = [self.timelines.get(key, _Timeline()) for key in message.timelines]
+        items = [
+            _item(key, timeline.items[key]) if key in timeline.items else None
+            for timeline, key in zip(timelines, message.keys, strict=True)
+        ]
+        return FoundItems(bytes(len(items)), pack_i64([timeline.version for timeline in timelines]), items)
+
+
+def _item(key: bytes, stored: tuple[bytes, int, int]) -> Item:
+    timestamp, item_id = split_item_key(key)
+    value, version, written_us = stored
+    return Item(timestamp, value, item_id, version, written_us)
 
 
 def open_store(fault: Fault | None = None) -> tuple[Store, ModelStore]:

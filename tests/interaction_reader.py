@@ -156,7 +156,7 @@ class ScriptedReader(HandAnswered):
             if isinstance(read.answer, PageAnswer):
                 page = read.answer.items
                 items = [
-                    f"{item_text(key)}={value.decode()}" for key, value in zip(page.keys, page.values, strict=True)
+                    f"{item_text(item_key(item.timestamp, item.id))}={item.value.decode()}" for item in page.unpacked()
                 ]
                 self.say(f"reader has version {read.answer.version}: {', '.join(items) or 'nothing'}")
             elif isinstance(read.answer, TimeTierError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
 from timetier.cluster.carriers.memory import MemoryCarrier, MemoryNetwork
+from timetier.cluster.cold.files import SystemFiles
+from timetier.cluster.cold.service import ColdService
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.identity import Identity, open_identity
@@ -147,3 +149,28 @@ class StorageCluster:
         answer = await self.client.call(f"storage-0-{number}", message, 5.0)
         assert isinstance(answer, Written), answer
         return answer.outcomes[0], unpack_i64(answer.versions)[0]
+
+
+async def start_cold_group(
+    cluster: StorageCluster, folder: Path, files: Mapping[int, SystemFiles] | None = None
+) -> list[ColdService]:
+    """Three cold nodes with one disk each beside a storage group. `files`: of those that have others, by replica."""
+    nodes = []
+    for replica in range(3):
+        name = f"cold-0-{replica}"
+        node = ColdService(
+            name,
+            0,
+            replica,
+            folder / name,
+            cluster.topology,
+            cluster.network.carrier(name),
+            disks=1,
+            read_threads=1,
+            counters=Counters(),
+            files=(files or {}).get(replica),
+        )
+        await node.start()
+        cluster.network.register(name, node.handle)
+        nodes.append(node)
+    return nodes

@@ -41,10 +41,12 @@ R = TypeVar("R")
 class Batch(ABC, Generic[Q, R]):
     """One batch of requests on its way. A kind of batch says where its requests may go and what answers mean.
 
-    `slack_s`: how much longer than usual a node may take for each request of a message.
+    `slack_s`: how much longer than usual a node may take for each request of a message. `gives_up_silent`: whether a
+    node that is not there loses its requests before its time is over.
     """
 
     slack_s = 0.0
+    gives_up_silent = False
 
     def __init__(self, view: View, requests: Sequence[Q], timeout_s: float) -> None:
         self.view = view
@@ -167,7 +169,8 @@ class Batch(ABC, Generic[Q, R]):
         usual_s = self.view.attempt_timeout_s(node, hasty=hasty) * patience
         attempt_s = min(usual_s + self.slack_s * len(indices), left_s)
         node_ms = max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
-        return Call(node, self.message(indices, node_ms), attempt_s)
+        quiet_s = self.view.settings.quiet_s if self.gives_up_silent else 0.0
+        return Call(node, self.message(indices, node_ms), attempt_s, quiet_s)
 
     def _take(self, node: str, indices: list[int], answer: Any) -> None:
         if isinstance(answer, CallFailed):

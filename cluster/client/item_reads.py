@@ -1,7 +1,7 @@
 """Reads of single items in columns: as they are asked, as they travel, as they are answered. *Pure*.
 
 A call for many items is one column of timelines and one of keys, and stays so: merging, sending and answering make no
-object for an item.
+object for an item but the one that the caller gets.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple, overload
 
 from ..errors import TimeTierError
 from ..messages import FoundItems, unpack_i64
+from ..packed_items import Item
 
 
 class ItemQuery(NamedTuple):
@@ -21,13 +22,10 @@ class ItemQuery(NamedTuple):
 
 
 class ItemResult(NamedTuple):
-    """One item; `found` is 0 when there is none. `timeline_version`: the version at which that is true."""
+    """One item, None when there is none. `timeline_version`: the version at which that is true."""
 
     timeline_version: int
-    found: int
-    value: bytes
-    version: int
-    written_us: int
+    item: Item | None
 
 
 class ItemQueries(Sequence[ItemQuery]):
@@ -59,69 +57,46 @@ class ItemQueries(Sequence[ItemQuery]):
 
 
 class ItemResults:
-    """Columns of answers. `found[i]` is 0 where there is no item; `errors` by index, where a read has failed."""
+    """Columns of answers. `items[i]` is None where there is no item; `errors` by index, where a read has failed."""
 
-    __slots__ = ("errors", "found", "timeline_versions", "values", "versions", "written")
+    __slots__ = ("errors", "items", "timeline_versions")
 
     def __init__(
         self,
         timeline_versions: list[int],
-        found: bytes | bytearray,
-        values: list[bytes],
-        versions: list[int],
-        written: list[int],
+        items: list[Item | None],
         errors: dict[int, TimeTierError] | None = None,
     ) -> None:
         self.timeline_versions = timeline_versions
-        self.found = found
-        self.values = values
-        self.versions = versions
-        self.written = written
+        self.items = items
         self.errors = errors or {}
 
     @classmethod
     def of(cls, answer: FoundItems) -> ItemResults:
         """The columns of a node's answer."""
-        return cls(
-            unpack_i64(answer.timeline_versions),
-            answer.found,
-            answer.values,
-            unpack_i64(answer.versions),
-            unpack_i64(answer.written),
-        )
+        return cls(unpack_i64(answer.timeline_versions), answer.items)
 
     @classmethod
     def gathered(cls, count: int, parts: Iterable[tuple[Sequence[int], ItemResults]]) -> ItemResults:
         """`count` results from parts of them, each with the indices at which its results belong."""
-        found = bytearray(count)
-        results = cls([0] * count, found, [b""] * count, [0] * count, [0] * count)
+        results = cls([0] * count, [None] * count)
         for indices, part in parts:
             for at, index in enumerate(indices):
                 results.timeline_versions[index] = part.timeline_versions[at]
-                found[index] = part.found[at]
-                results.values[index] = part.values[at]
-                results.versions[index] = part.versions[at]
-                results.written[index] = part.written[at]
+                results.items[index] = part.items[at]
             results.errors |= {indices[at]: error for at, error in part.errors.items()}
         return results
 
     @classmethod
     def failed(cls, count: int, error: TimeTierError) -> ItemResults:
         """The same error for all."""
-        nothing = [0] * count
-        return cls(nothing, bytes(count), [b""] * count, nothing, nothing, dict.fromkeys(range(count), error))
+        return cls([0] * count, [None] * count, dict.fromkeys(range(count), error))
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.items)
 
     def __getitem__(self, part: slice) -> ItemResults:
-        results = ItemResults(
-            self.timeline_versions[part],
-            self.found[part],
-            self.values[part],
-            self.versions[part],
-            self.written[part],
-        )
+        results = ItemResults(self.timeline_versions[part], self.items[part])
         if self.errors:
             low, high, _ = part.indices(len(self))
             results.errors = {index - low: error for index, error in self.errors.items() if low <= index < high}
@@ -129,8 +104,7 @@ class ItemResults:
 
     def rows(self) -> list[ItemResult | TimeTierError]:
         """Results one by one."""
-        columns = (self.timeline_versions, self.found, self.values, self.versions, self.written)
-        rows: list[ItemResult | TimeTierError] = list(map(ItemResult, *columns))
+        rows: list[ItemResult | TimeTierError] = list(map(ItemResult, self.timeline_versions, self.items))
         for index, error in self.errors.items():
             rows[index] = error
         return rows

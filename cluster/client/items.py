@@ -30,34 +30,22 @@ from ..keys import (
     check_value,
     decode_token,
     encode_token,
+    encode_tokens,
     item_key,
     item_keys,
-    item_keys_timestamps,
     owner_bytes,
-    split_item_key,
     timeline_key,
     timestamp_floor,
 )
 from ..messages import DELETE, PUT, WIPE
-from .item_reads import ItemQueries, ItemResults
-from .scripts import REQUEST_BYTES, PageQuery, PageResult, WriteRequest
+from ..packed_items import Item as Item
+from .item_reads import ItemQueries
+from .page_reads import PageQueries, PageResults
+from .scripts import REQUEST_BYTES, WriteRequest
 
 T = TypeVar("T")
 
 MAX_LIMIT = 10_000
-
-
-class Item(NamedTuple):
-    """One item. `timestamp`: in the table's unit. `version`: of the timeline, when the item was written.
-
-    `written_us`: time at which it was written, microseconds since 1970.
-    """
-
-    timestamp: int
-    value: bytes
-    id: bytes
-    version: int
-    written_us: int
 
 
 class Page(NamedTuple):
@@ -92,7 +80,7 @@ class ItemAddress(NamedTuple):
     id: bytes | str = b""
 
 
-_new_item: Callable[[tuple[int, bytes, bytes, int, int]], Item] = partial(tuple.__new__, Item)  # as `_make`, but in C
+_new_page: Callable[[tuple[list[Item], int, str | None]], Page] = partial(tuple.__new__, Page)  # as `_make`, but in C
 
 AddressLike = ItemAddress | tuple[str | bytes, int] | tuple[str | bytes, int, bytes | str]
 PutLike = Put | tuple[str | bytes, int, bytes] | tuple[str | bytes, int, bytes, bytes | str]
@@ -289,21 +277,6 @@ def delete_requests(table: bytes, buckets: int, addresses: Iterable[AddressLike]
     return grouping.writes()
 
 
-class ItemAddresses(NamedTuple):
-    """Queries for many items, with the timestamp and the id of each, from which the items are made."""
-
-    queries: ItemQueries
-    timestamps: list[int]
-    ids: list[bytes]
-
-    def to_items(self, results: ItemResults) -> list[Item | None]:
-        """Items of the answers, None where there is none."""
-        columns = zip(self.timestamps, results.values, self.ids, results.versions, results.written, strict=True)
-        if all(results.found):
-            return list(map(Item._make, columns))
-        return [Item._make(column) if found else None for found, column in zip(results.found, columns, strict=True)]
-
-
 def item_address(table: bytes, buckets: int, address: tuple[str | bytes, int, bytes | str]) -> tuple[bytes, bytes]:
     """Timeline key and item key of one item. Raises InvalidRequest or TooLarge."""
     owner, timestamp, item_id = address
@@ -311,7 +284,7 @@ def item_address(table: bytes, buckets: int, address: tuple[str | bytes, int, by
     return timeline_of(table, owner, buckets), key
 
 
-def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ItemAddresses:
+def item_queries(table: bytes, buckets: int, addresses: Iterable[AddressLike]) -> ItemQueries:
     """Queries for many items. Raises InvalidRequest or TooLarge."""
     addresses = list(_each("keys", addresses))
     quick = _plain_addresses(table, buckets, addresses)
@@ -319,8 +292,6 @@ def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike])
         return quick
     timelines: list[bytes] = []
     keys: list[bytes] = []
-    timestamps: list[int] = []
-    ids: list[bytes] = []
     known: dict[str | bytes, bytes] = {}  # many items of one owner are common
     for address in addresses:
         if type(address) is tuple and len(address) == 2:
@@ -337,14 +308,12 @@ def item_addresses(table: bytes, buckets: int, addresses: Iterable[AddressLike])
             raise _at(len(keys), error) from None
         timelines.append(timeline)
         keys.append(key)
-        timestamps.append(timestamp if type(timestamp) is int else checked_timestamp(timestamp))
-        ids.append(_item_id(key) if item_id else b"")
         if len(keys) > MAX_BATCH_ITEMS:
             _check_count(len(keys))
-    return ItemAddresses(ItemQueries(timelines, keys), timestamps, ids)
+    return ItemQueries(timelines, keys)
 
 
-def _plain_addresses(table: bytes, buckets: int, addresses: list[Any]) -> ItemAddresses | None:
+def _plain_addresses(table: bytes, buckets: int, addresses: list[Any]) -> ItemQueries | None:
     """The same for plain tuples of owner and timestamp, column by column; None if there is anything else among them."""
     count = len(addresses)
     if not 0 < count <= MAX_BATCH_ITEMS or set(map(type, addresses)) != {tuple} or set(map(len, addresses)) != {2}:
@@ -356,8 +325,7 @@ def _plain_addresses(table: bytes, buckets: int, addresses: list[Any]) -> ItemAd
         timelines = [_kept_timeline(table, owner, buckets) for owner in owners]
     except Rejected:
         return None  # the other way says which one it was
-    keys = item_keys(np.array(timestamps, dtype=np.int64))
-    return ItemAddresses(ItemQueries(timelines, keys), timestamps, [b""] * count)
+    return ItemQueries(timelines, item_keys(np.array(timestamps, dtype=np.int64)))
 
 
 def timeline_of(table: bytes, owner: str | bytes, buckets: int) -> bytes:
@@ -368,70 +336,41 @@ def timeline_of(table: bytes, owner: str | bytes, buckets: int) -> bytes:
         return timeline_key(table, owner_bytes(owner), buckets)
 
 
+def _timeline_at(position: int, table: bytes, owner: str | bytes, buckets: int) -> bytes:
+    try:
+        return timeline_of(table, owner, buckets)
+    except Rejected as error:
+        raise _at(position, error) from None
+
+
 @lru_cache(maxsize=1 << 15)  # about 10 MB when it is full; callers ask for the same owners again and again
 def _kept_timeline(table: bytes, owner: str | bytes, buckets: int) -> bytes:
     return timeline_key(table, owner_bytes(owner), buckets)
 
 
-def page_query(table: bytes, buckets: int, owner: str | bytes, before: bytes, limit: int) -> PageQuery:
-    """Query for one page; `before` and `limit` are checked already. Raises InvalidRequest or TooLarge."""
-    return PageQuery(timeline_of(table, owner, buckets), before, limit)
-
-
-def page_queries(table: bytes, buckets: int, owners: Iterable[str | bytes], limit: int) -> list[PageQuery]:
+def page_queries(table: bytes, buckets: int, owners: Iterable[str | bytes], limit: int) -> PageQueries:
     """Queries for the newest pages of many timelines. Raises InvalidRequest or TooLarge."""
     if isinstance(owners, (str, bytes)):
         raise InvalidRequest(f"owners={owners!r} is one owner: pass a list of them")
-    queries: list[PageQuery] = []
-    for owner in _each("owners", owners):
-        _check_count(len(queries) + 1)
-        try:
-            queries.append(page_query(table, buckets, owner, b"", limit))
-        except Rejected as error:
-            raise _at(len(queries), error) from None
-    return queries
+    asked = list(islice(_each("owners", owners), MAX_BATCH_ITEMS + 1))
+    try:
+        timelines = [_kept_timeline(table, owner, buckets) for owner in asked]
+    except (Rejected, TypeError):  # one by one, to say which one it is
+        timelines = [_timeline_at(position, table, owner, buckets) for position, owner in enumerate(asked)]
+    _check_count(len(timelines))
+    return PageQueries(timelines, [b""] * len(timelines), [limit] * len(timelines))
 
 
-def to_item(key: bytes, results: ItemResults) -> Item | None:
-    """Item of an answer about one, None if there is none."""
-    if not results.found[0]:
-        return None
-    timestamp, item_id = split_item_key(key)
-    return Item(timestamp, results.values[0], item_id, results.versions[0], results.written[0])
-
-
-def to_pages(results: Sequence[PageResult]) -> list[Page]:
+def to_pages(results: PageResults) -> list[Page]:
     """Pages of answers."""
-    keys = [key for result in results for key in result.keys]
-    rows = zip(
-        item_keys_timestamps(keys).tolist() if keys else (),
-        [value for result in results for value in result.values],
-        _item_ids(keys),
-        [version for result in results for version in result.versions],
-        [written for result in results for written in result.written_us],
-        strict=True,
-    )
-    items = list(map(_new_item, rows))
-    pages = []
-    low = 0
-    for result in results:
-        high = low + len(result.keys)
-        token = encode_token(result.keys[-1]) if result.more else None
-        pages.append(Page(items[low:high], result.version, token))
-        low = high
-    return pages
-
-
-def _item_ids(keys: Sequence[bytes]) -> list[bytes]:
-    """Ids of item keys; most have none, which shows in their length."""
-    if sum(map(len, keys)) == MIN_ITEM_KEY_BYTES * len(keys):
-        return [b""] * len(keys)
-    return list(map(_item_id, keys))
-
-
-def _item_id(key: bytes) -> bytes:
-    item_id = key[8:-2]
-    return item_id if b"\x00" not in item_id else split_item_key(key)[1]
+    lasts = [items[-1] for items, more in zip(results.items, results.more, strict=True) if more]
+    if any(last.id for last in lasts):
+        tokens = [encode_token(item_key(last.timestamp, last.id)) for last in lasts]
+    else:
+        tokens = encode_tokens([last.timestamp for last in lasts])
+    each = iter(tokens)
+    nexts = each if len(lasts) == len(results) else [next(each) if more else None for more in results.more]
+    return list(map(_new_page, zip(results.items, results.versions, nexts, strict=True)))
 
 
 class _Grouping:

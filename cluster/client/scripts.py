@@ -23,7 +23,7 @@ time. At the deadline a write of unknown fate ends as OutcomeUnknown, everything
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -48,10 +48,10 @@ from ..messages import (
     pack_i64,
     pack_u32,
     unpack_i64,
-    unpack_u32,
 )
 from .batch import ANSWER_SHARE, MAX_MESSAGE_BYTES, MAX_MESSAGE_ITEMS, Batch, describe
 from .item_reads import ItemQueries, ItemQuery, ItemResult, ItemResults
+from .page_reads import PageQueries, PageQuery, PageResult, PageResults
 from .view import ClientSettings, View
 
 __all__ = [
@@ -60,8 +60,10 @@ __all__ = [
     "ItemQuery",
     "ItemResult",
     "ItemResults",
+    "PageQueries",
     "PageQuery",
     "PageResult",
+    "PageResults",
     "View",
     "WriteRequest",
     "ask_status",
@@ -100,25 +102,6 @@ class WriteRequest(msgspec.Struct, gc=False):
         return self.known_size_bytes
 
 
-class PageQuery(NamedTuple):
-    """The newest `limit` items of a timeline below `before` (an item key or a bound, exclusive; b"" = the newest)."""
-
-    timeline: bytes
-    before: bytes
-    limit: int
-
-
-class PageResult(NamedTuple):
-    """Columns of a page, newest first. `version`: of the timeline. `more`: older items may exist."""
-
-    version: int
-    more: bool
-    keys: list[bytes]
-    values: list[bytes]
-    versions: list[int]
-    written_us: list[int]
-
-
 Q = TypeVar("Q", PageQuery, ItemQuery)
 R = TypeVar("R")
 
@@ -131,24 +114,35 @@ def write(view: View, requests: Sequence[WriteRequest], timeout_s: float) -> Scr
     return (yield from _WriteBatch(view, requests, timeout_s).run())
 
 
-def read_pages(view: View, requests: Sequence[PageQuery], timeout_s: float) -> Script[list[PageResult | TimeTierError]]:
+def read_pages(view: View, requests: PageQueries, timeout_s: float) -> Script[PageResults]:
     """Read a page of each timeline: from the cache nodes, or the storage nodes when none of them answers.
 
     A page may be shorter than its limit although `more` is set, when its items are large.
     """
-    return (yield from _PageBatch(view, requests, timeout_s).run())
+    node, began = view.sole_cache, view.now()
+    first = None
+    if node is not None and view.is_well(node) and sum(requests.limits) <= MAX_MESSAGE_ITEMS:
+        attempt_s, node_ms = _first_times(view, len(requests), timeout_s)
+        question = _page_question(view, requests, node_ms)
+        (answer,) = yield [Call(node, question, attempt_s)]
+        if _are_whole(answer, len(requests)) and answer.outcomes.count(OK) == len(requests) and _can_go_on(answer):
+            results = PageResults.of(answer)
+            view.remember_all(requests.timelines, results.versions)
+            return results
+        first = (node, answer)
+    batch = _PageBatch(view, requests, timeout_s - (view.now() - began))
+    yield from batch.run(first)
+    return batch.columns()
 
 
 def read_items(view: View, requests: ItemQueries, timeout_s: float) -> Script[ItemResults]:
     """Read single items: from the cache nodes, or the storage nodes when none of them answers."""
     node, began = view.sole_cache, view.now()
     first = None
-    if node is not None and view.all_well and len(requests) <= MAX_MESSAGE_ITEMS:
-        # The usual case, without what a batch has to remember for others.
-        attempt_s = min(view.settings.attempt_timeout_s + _READ_SLACK_S * len(requests), timeout_s)
-        node_ms = max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
+    if node is not None and view.is_well(node) and len(requests) <= MAX_MESSAGE_ITEMS:
+        attempt_s, node_ms = _first_times(view, len(requests), timeout_s)
         question = ReadItems(view.routing.topology.epoch, requests.timelines, requests.keys, node_ms)
-        (answer,) = yield [Call(node, question, attempt_s)]
+        (answer,) = yield [Call(node, question, attempt_s, view.settings.quiet_s)]
         if _is_whole(answer, len(requests)) and answer.outcomes.count(OK) == len(requests):
             return ItemResults.of(answer)
         first = (node, answer)
@@ -157,13 +151,39 @@ def read_items(view: View, requests: ItemQueries, timeout_s: float) -> Script[It
     return batch.columns()
 
 
+def _first_times(view: View, reads: int, timeout_s: float) -> tuple[float, int]:
+    """Times of the usual case, which needs nothing of what a batch has to remember for others: seconds that the node
+    has, and milliseconds that it is told."""
+    attempt_s = min(view.settings.attempt_timeout_s + _READ_SLACK_S * reads, timeout_s)
+    return attempt_s, max(1, int(attempt_s * 1_000 * ANSWER_SHARE))
+
+
 def _is_whole(answer: Message | CallFailed, requests: int) -> bool:
     """Whether an answer has a result for each of the items that were asked for."""
     return (
         isinstance(answer, FoundItems)
-        and len(answer.outcomes) == len(answer.found) == len(answer.values) == requests
-        and len(answer.timeline_versions) == len(answer.versions) == len(answer.written) == 8 * requests
+        and len(answer.outcomes) == len(answer.items) == requests
+        and len(answer.timeline_versions) == 8 * requests
     )
+
+
+def _are_whole(answer: Message | CallFailed, requests: int) -> bool:
+    """Whether an answer has a result for each of the pages that were asked for."""
+    return (
+        isinstance(answer, Pages)
+        and len(answer.outcomes) == len(answer.items) == len(answer.more) == requests
+        and len(answer.timeline_versions) == 8 * requests
+    )
+
+
+def _can_go_on(answer: Pages) -> bool:
+    """Whether all pages that claim to go on have an item: an empty one could not say where the next one starts."""
+    return all(answer.items) or all(items for more, items in zip(answer.more, answer.items, strict=True) if more)
+
+
+def _page_question(view: View, queries: PageQueries, timeout_ms: int) -> ReadPages:
+    epoch = view.routing.topology.epoch
+    return ReadPages(epoch, queries.timelines, queries.before, pack_u32(queries.limits), timeout_ms)
 
 
 def ask_status(nodes: Sequence[str], timeout_s: float) -> Script[dict[str, Message | CallFailed]]:
@@ -295,6 +315,7 @@ class _WriteBatch(Batch[WriteRequest, int]):
 
 class _ReadBatch(Batch[Q, R]):
     slack_s = _READ_SLACK_S
+    gives_up_silent = True
 
     def candidates(self, index: int) -> list[str]:
         timeline = self.requests[index].timeline
@@ -329,22 +350,28 @@ class _ReadBatch(Batch[Q, R]):
             self.retry_outcome(node, index, outcome)
 
 
-class _PageBatch(_ReadBatch[PageQuery, PageResult]):
-    def __init__(self, view: View, requests: Sequence[PageQuery], timeout_s: float) -> None:
+class _PageBatch(_ReadBatch[PageQuery, bool]):
+    """Answers stay in columns; `results` only says which requests have one."""
+
+    def __init__(self, view: View, requests: PageQueries, timeout_s: float) -> None:
         super().__init__(view, requests, timeout_s)
-        self.limits = [request.limit for request in requests]
+        self.limits = list(requests.limits)
+        self._parts: list[tuple[Sequence[int], PageResults]] = []
+
+    def columns(self) -> PageResults:
+        """All results, once the batch has run."""
+        results = PageResults.gathered(len(self.requests), self._parts)
+        results.errors = {
+            index: result for index, result in enumerate(self.results) if isinstance(result, TimeTierError)
+        }
+        return results
 
     def cost(self, index: int) -> tuple[int, int]:
         return self.limits[index], len(self.requests[index].timeline) + len(self.requests[index].before)
 
     def message(self, indices: list[int], timeout_ms: int) -> ReadPages:
-        return ReadPages(
-            epoch=self.view.routing.topology.epoch,
-            timelines=[self.requests[index].timeline for index in indices],
-            before=[self.requests[index].before for index in indices],
-            limits=pack_u32([self.limits[index] for index in indices]),
-            timeout_ms=timeout_ms,
-        )
+        queries = PageQueries.of(self.requests[index]._replace(limit=self.limits[index]) for index in indices)
+        return _page_question(self.view, queries, timeout_ms)
 
     def shrink(self, indices: list[int], error: TimeTierError) -> None:
         if len(indices) == 1 and self.limits[indices[0]] > 1:
@@ -353,33 +380,20 @@ class _PageBatch(_ReadBatch[PageQuery, PageResult]):
             super().shrink(indices, error)
 
     def settle(self, node: str, indices: list[int], answer: Message) -> bool:
-        if not isinstance(answer, Pages):
+        if not isinstance(answer, Pages) or not _are_whole(answer, len(indices)):
             return False
-        requests, items = len(indices), len(answer.keys)
-        fits = len(answer.outcomes) == len(answer.more) == requests and len(answer.values) == items
-        if not fits or len(answer.versions) != 8 * items or len(answer.written) != 8 * items:
-            return False
-        if len(answer.timeline_versions) != 8 * requests or len(answer.counts) != 4 * requests:
-            return False
-        counts = unpack_u32(answer.counts)
-        if sum(counts) != items:
-            return False
-        versions, written = unpack_i64(answer.versions), unpack_i64(answer.written)
-        timeline_versions = unpack_i64(answer.timeline_versions)
-        low = 0
-        for at, index in enumerate(indices):
-            high = low + counts[at]
-            if answer.outcomes[at] != OK:
-                self._not_ok(node, index, answer.outcomes[at])
-            elif answer.more[at] and high == low:  # such a page could not say where the next one starts
+        part = PageResults.of(answer)
+        self._parts.append((indices, part))
+        for index, outcome, more, items, version in zip(
+            indices, answer.outcomes, part.more, part.items, part.versions, strict=True
+        ):
+            if outcome != OK:
+                self._not_ok(node, index, outcome)
+            elif more and not items:
                 self.retry(node, [index], "it sent an empty page that claims to go on", wait=True)
             else:
-                keys, values = answer.keys[low:high], answer.values[low:high]
-                self.results[index] = PageResult(
-                    timeline_versions[at], bool(answer.more[at]), keys, values, versions[low:high], written[low:high]
-                )
-                self.view.remember(self.requests[index].timeline, timeline_versions[at])
-            low = high
+                self.results[index] = True
+                self.view.remember(self.requests[index].timeline, version)
         return True
 
 

@@ -24,10 +24,9 @@ from .following import Follower, TopologySource
 from .item_reads import ItemColumns, ItemQueries, ItemResults
 from .items import AddressLike, Item, ManyWrites, Page, PutLike
 from .lanes import LaneLimits, Lanes
+from .page_reads import PageColumns, PageQueries, PageResults
 from .probing import Prober
 from .scripts import (
-    PageQuery,
-    PageResult,
     WriteRequest,
     ask_status,
     read_items,
@@ -76,7 +75,7 @@ class AsyncStore:
             max_wait_s=known.timeout_s,
         )
         self._writes = Lanes(self._write_batch, _write_bytes, limits)
-        self._pages = Lanes(self._page_batch, _query_bytes, limits)
+        self._pages = Lanes(self._page_batch, _query_bytes, limits, shape=PageColumns())
         self._items = Lanes(self._item_batch, _query_bytes, limits, shape=ItemColumns())
         self._follower = Follower(source, self.view, carrier)
         self._prober = Prober(self.view, carrier)
@@ -146,10 +145,12 @@ class AsyncStore:
         version: int = outcome
         return version
 
-    async def read_all_pages(self, queries: list[PageQuery]) -> list[PageResult]:
+    async def read_all_pages(self, queries: PageQueries) -> PageResults:
         """Pages in the order of the queries. Raises the first error there is."""
-        groups = self._groups([query.timeline for query in queries])
-        return _all_or_raise(await self._pages.submit(groups, queries))
+        results = await self._pages.submit(self._groups(queries.timelines), queries)
+        if results.errors:
+            raise results.errors[min(results.errors)]
+        return results
 
     async def read_all_items(self, queries: ItemQueries) -> ItemResults:
         """Items in the order of the queries. Raises the first error there is."""
@@ -180,7 +181,7 @@ class AsyncStore:
     async def _write_batch(self, requests: list[WriteRequest]) -> list[int | TimeTierError]:
         return await drive(write(self.view, requests, self.view.settings.timeout_s), self.carrier)
 
-    async def _page_batch(self, queries: list[PageQuery]) -> list[PageResult | TimeTierError]:
+    async def _page_batch(self, queries: PageQueries) -> PageResults:
         return await drive(read_pages(self.view, queries, self.view.settings.timeout_s), self.carrier)
 
     async def _item_batch(self, queries: ItemQueries) -> ItemResults:
@@ -238,14 +239,12 @@ class AsyncTable:
     async def get(self, owner: str | bytes, timestamp: int, *, id: bytes | str = b"") -> Item | None:
         """The item with this timestamp and id, None if there is none."""
         timeline, key = shapes.item_address(self._raw, self._buckets, (owner, timestamp, id))
-        return shapes.to_item(key, await self.store.read_item(timeline, key))
+        return (await self.store.read_item(timeline, key)).items[0]
 
     async def get_many(self, keys: Iterable[AddressLike]) -> list[Item | None]:
         """Items by `(owner, timestamp)` or `(owner, timestamp, id)`, in that order, at most 10,000 a call."""
-        addresses = shapes.item_addresses(self._raw, self._buckets, keys)
-        if not addresses.queries:
-            return []
-        return addresses.to_items(await self.store.read_all_items(addresses.queries))
+        queries = shapes.item_queries(self._raw, self._buckets, keys)
+        return (await self.store.read_all_items(queries)).items if queries else []
 
     async def timeline(self, owner: str | bytes, *, limit: int = 20, before: str | int | None = None) -> Page:
         """The newest items of a timeline, newest first, across all tiers.
@@ -254,8 +253,8 @@ class AsyncTable:
         ever. `limit`: 1 to 10,000 items.
         """
         bound, limit = shapes.before_bound(before), shapes.checked_limit(limit)
-        query = shapes.page_query(self._raw, self._buckets, owner, bound, limit)
-        return shapes.to_pages(await self.store.read_all_pages([query]))[0]
+        query = PageQueries([shapes.timeline_of(self._raw, owner, self._buckets)], [bound], [limit])
+        return shapes.to_pages(await self.store.read_all_pages(query))[0]
 
     async def timelines(self, owners: Iterable[str | bytes], *, limit: int = 20) -> list[Page]:
         """The newest page of each of many timelines (at most 10,000), in the order of the owners.

@@ -28,6 +28,8 @@ class ClientSettings:
     the client's queue as long again. An error that comes later than this is a bug.
     `attempt_timeout_s`: how long one node may take before the next one is asked, a millisecond longer for each read in
     the message. Lower means faster failover, and more needless second attempts while a healthy node is busy.
+    `quiet_s`: a node that leaves a read unanswered for so long is asked whether it is there; if it stays silent for as
+    long again, the next one gets the read.
     `suspect_s`, `suspect_max_s`: a node that failed is asked last for this long, doubling with each further failure.
     `relapse_max_s`: bound for a node that answered and failed in turns: four times as long each time.
     `probation_s`, `probation_timeout_s`: for how long after a failure a node that answers again has less time, and
@@ -42,6 +44,7 @@ class ClientSettings:
 
     timeout_s: float = 10.0
     attempt_timeout_s: float = 2.0
+    quiet_s: float = 0.1
     suspect_s: float = 1.0
     suspect_max_s: float = 8.0
     relapse_max_s: float = 16.0
@@ -107,9 +110,9 @@ class View:
 
     def update(self, topology: Topology) -> None:
         """Go by another map from the next attempt on."""
-        known = set(self.routing.topology.node_names())
-        names, now = topology.node_names(), self.now()
-        self._joined = {name: self._joined.get(name, now) for name in names if name not in known or name in self._joined}
+        known, now = set(self.routing.topology.node_names()), self.now()
+        added = {name: now for name in topology.node_names() if name not in known}
+        self._joined = {name: at for name, at in self._joined.items() if at > now - _JOINING_S} | added
         self.routing = Routing(topology)
         self.sole_cache = _sole_cache(topology)
         self.stale_map = False
@@ -135,6 +138,10 @@ class View:
     def all_well(self) -> bool:
         """Whether no node is suspected or asked to be left alone: then all go to their first choice."""
         return not self.suspicion.remembers
+
+    def is_well(self, node: str) -> bool:
+        """Whether the node is neither suspected nor on probation, nor asked to be left alone."""
+        return self.suspicion.is_clean(node)
 
     def choose(self, candidates: Sequence[str], tried: Collection[str] = ()) -> str | None:
         """First candidate that is neither tried nor suspected (nor near one that just failed), else the first untried;

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from .. import errors
 from ..client.view import View
+from ..config import SinkConfig
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, InvalidRequest, ProtocolError, TimeTierError, Unavailable
 from ..keys import item_key, system_timeline
@@ -67,7 +68,18 @@ class SinkSettings:
     write_timeout_s: float = 30.0
     attempts: int = 3
     back_off_s: float = 0.2
-    rest: float = 1.0
+    rest: float = 0.0
+
+
+def settings_of(config: SinkConfig) -> SinkSettings:
+    """The sink's settings from the configuration; what is not in it has its default."""
+    return SinkSettings(
+        block_rows=config.block_rows,
+        block_bytes=config.block_kb << 10,
+        file_bytes=config.file_mb << 20,
+        orphan_grace_s=config.orphan_grace,
+        rest=config.rest,
+    )
 
 
 def ask_first(

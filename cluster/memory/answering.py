@@ -58,9 +58,7 @@ class Answering:
             and rows.versions[0] > answer.wiped
             and rows.keys[0] >= timestamp_floor(answer.horizon)
         )
-        if not visible:
-            return ItemAnswer(self.version, False)
-        return ItemAnswer(self.version, True, rows.values[0], rows.versions[0], rows.written[0])
+        return ItemAnswer(self.version, rows.packed([0])[0] if visible else b"")
 
     def _add_range(self, row: Row, answer: RowAnswer) -> None:
         """Note a range; a point is the range that only its item is in. A delta that became a range is the newest."""
@@ -115,17 +113,11 @@ class Answering:
         piece = hot_range.page()
         key = self._points.get(hot_range)
         if key is not None:
-            self._items[key] = self._item_of(piece, key)
+            self._items[key] = ItemAnswer(self.version, piece.find(key))
         elif not piece.high and self.base is None:
             self.base = piece
         else:
             self._pieces.append(piece)
-
-    def _item_of(self, page: Page, key: bytes) -> ItemAnswer:
-        at = page.find(key)
-        if at < 0:
-            return ItemAnswer(self.version, False)
-        return ItemAnswer(self.version, True, page.values[at], page.versions[at], page.written[at])
 
     def answer(self) -> list[Read]:
         """Answer the reads that can be answered, and take them off `reads`."""
@@ -139,7 +131,7 @@ class Answering:
 
     def _answer_item(self, read: Read) -> ItemAnswer | None:
         if self.base is not None and self.base.contains(read.key):
-            return self._item_of(self.base, read.key)
+            return ItemAnswer(self.version, self.base.find(read.key))
         return self._items.get(read.key)
 
     def _answer_page(self, read: Read) -> PageAnswer | None:

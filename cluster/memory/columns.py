@@ -10,20 +10,19 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from ..errors import Corrupt
 from ..keys import MAX_BATCH_ITEMS, MAX_ID_BYTES, MIN_ITEM_KEY_BYTES, MIN_TIMESTAMP
-from ..messages import CORRUPT, OK, UNAVAILABLE, FoundItems, Pages, pack_i64, pack_u32
+from ..messages import CORRUPT, OK, UNAVAILABLE, FoundItems, Pages, pack_i64
+from ..packed_items import NO_ITEM, array_head, packed_array
 from .page_cache import PageCache
 from .pages import Page, PageSlice
 from .requests import ItemAnswer, PageAnswer, Read
 
-MAX_ANSWER_BYTES = 40 << 20  # keys and values of one answer; what does not fit is to be asked for again
+MAX_ANSWER_BYTES = 40 << 20  # items of one answer; what does not fit is to be asked for again
 MAX_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 _MIN_BOUND_BYTES = 8
-NO_PAGE = Page(-1, b"", b"", MIN_TIMESTAMP, [], [], array("q"), array("q"))
-_NOTHING = PageSlice([], [], array("q"), array("q"), False, 0)
+NO_PAGE = Page(-1, b"", b"", MIN_TIMESTAMP, [], b"", array("q", (0,)))
+_NOTHING = PageSlice(0, b"", False)
 
 
 class Glance:
@@ -91,36 +90,21 @@ class ItemGlance(Glance):
     def answer(self, outcomes: bytearray, reads: Mapping[int, Read]) -> FoundItems:
         """The columns of the answer, with those of `reads` (by index) in their places. Where the outcome is not OK,
         nothing is found and the version is -1."""
-        pairs = list(zip(self.pages, self.places, strict=True))
-        timeline_versions = [page.version for page in self.pages]
-        found = bytearray(b"\x01" * len(pairs))
+        pairs = zip(self.pages, self.places, strict=True)
         if min(self.places, default=0) >= 0:
-            values = [page.values[place] for page, place in pairs]
-            versions = [page.versions[place] for page, place in pairs]
-            written = [page.written[place] for page, place in pairs]
+            items = [page.packed[page.starts[place] : page.starts[place + 1]] for page, place in pairs]
         else:
-            values = [page.values[place] if place >= 0 else b"" for page, place in pairs]
-            versions = [page.versions[place] if place >= 0 else 0 for page, place in pairs]
-            written = [page.written[place] if place >= 0 else 0 for page, place in pairs]
-            found[:] = [place >= 0 for place in self.places]
+            items = [page.packed_item(place) if place >= 0 else NO_ITEM for page, place in pairs]
+        versions = [page.version for page in self.pages]
         for index, read in reads.items():
             answer = read.answer
             if isinstance(answer, ItemAnswer):
-                timeline_versions[index], found[index] = answer.version, answer.found
-                values[index], versions[index], written[index] = answer.value, answer.item_version, answer.written
+                versions[index], items[index] = answer.version, answer.packed or NO_ITEM
             else:
                 outcomes[index] = _outcome(read)
-        for index in _beyond(map(len, values), len(values)):
-            outcomes[index], timeline_versions[index], found[index] = UNAVAILABLE, -1, 0
-            values[index], versions[index], written[index] = b"", 0, 0
-        return FoundItems(
-            bytes(outcomes),
-            pack_i64(timeline_versions),
-            bytes(found),
-            values,
-            pack_i64(versions),
-            pack_i64(written),
-        )
+        for index in _beyond(list(map(len, items))):
+            outcomes[index], versions[index], items[index] = UNAVAILABLE, -1, NO_ITEM
+        return FoundItems(bytes(outcomes), pack_i64(versions), packed_array(items, len(items)))
 
 
 class PageGlance(Glance):
@@ -134,7 +118,9 @@ class PageGlance(Glance):
         self._before = before
         self._limits = limits
         for page, bound, limit in zip(cache.get_many(timelines), before, limits, strict=True):
-            if page is None or not is_page_read(bound, limit) or not page.covers(bound, limit):
+            if page is not None and not bound and 0 < limit <= len(page.keys):
+                pages.append(page)  # as most: what is kept reaches the newest item
+            elif page is None or not is_page_read(bound, limit) or not page.covers(bound, limit):
                 rest.append(len(pages))
                 pages.append(NO_PAGE)
             else:
@@ -143,9 +129,13 @@ class PageGlance(Glance):
 
     def answer(self, outcomes: bytearray, reads: Mapping[int, Read], max_bytes: int) -> Pages:
         """The columns of the answer, with those of `reads` (by index) in their places. Where the outcome is not OK, a
-        request has no items and version -1. `max_bytes`: of keys and values of one page."""
+        request has no items and version -1. `max_bytes`: of one page, packed."""
+        if not self.rest and not any(self._before):
+            plain = self._plain_answer(outcomes, max_bytes)
+            if plain is not None:
+                return plain
         slices: list[PageSlice] = []
-        timeline_versions: list[int] = []
+        versions: list[int] = []
         for index, (page, bound, limit) in enumerate(zip(self.pages, self._before, self._limits, strict=True)):
             items = page.newest(limit, bound, max_bytes) if page is not NO_PAGE else None
             version = page.version
@@ -159,28 +149,34 @@ class PageGlance(Glance):
                 elif outcomes[index] == OK:
                     outcomes[index] = UNAVAILABLE
             slices.append(items)
-            timeline_versions.append(version)
-        if sum([part.most_bytes for part in slices]) > MAX_ANSWER_BYTES:
-            for index in _beyond(map(_slice_bytes, slices), len(slices)):
-                outcomes[index], timeline_versions[index], slices[index] = UNAVAILABLE, -1, _NOTHING
-        keys: list[bytes] = []
-        values: list[bytes] = []
-        versions, written = array("q"), array("q")
-        for part in slices:
-            keys += part.keys
-            values += part.values
-            versions += part.versions
-            written += part.written
+            versions.append(version)
+        for index in _beyond([len(part.packed) for part in slices]):
+            outcomes[index], versions[index], slices[index] = UNAVAILABLE, -1, _NOTHING
         return Pages(
             bytes(outcomes),
-            pack_i64(timeline_versions),
-            pack_u32([len(part.keys) for part in slices]),
+            pack_i64(versions),
             bytes([part.more for part in slices]),
-            keys,
-            values,
-            pack_i64(np.frombuffer(versions, dtype=np.int64)),
-            pack_i64(np.frombuffer(written, dtype=np.int64)),
+            packed_array([array_head(part.count) + part.packed for part in slices], len(slices)),
         )
+
+    def _plain_answer(self, outcomes: bytearray, max_bytes: int) -> Pages | None:
+        """The same for what most messages are: newest pages, all covered. None if a page must be cut to fit."""
+        parts: list[bytes] = []
+        more = bytearray()
+        size = 0
+        for page, limit in zip(self.pages, self._limits, strict=True):
+            packed, count = page.packed, len(page.keys)
+            if count > limit:
+                packed, count = packed[page.starts[count - limit] :], limit
+                more.append(1)
+            else:
+                more.append(page.low != b"")
+            size += len(packed)
+            if len(packed) > max_bytes or size > MAX_ANSWER_BYTES:
+                return None
+            parts += (array_head(count), packed)
+        versions = [page.version for page in self.pages]
+        return Pages(bytes(outcomes), pack_i64(versions), bytes(more), packed_array(parts, len(versions)))
 
 
 def is_page_read(before: bytes, limit: int) -> bool:
@@ -192,26 +188,21 @@ def answer_bytes(read: Read) -> int:
     """Memory that the answer of a read takes, in bytes."""
     answer = read.answer
     if isinstance(answer, PageAnswer):
-        return _slice_bytes(answer.items) + 100 * len(answer.items.keys)
-    return len(answer.value) if isinstance(answer, ItemAnswer) else 0
-
-
-def _slice_bytes(part: PageSlice) -> int:
-    return sum(map(len, part.keys)) + sum(map(len, part.values))
+        return len(answer.items.packed)
+    return len(answer.packed) if isinstance(answer, ItemAnswer) else 0
 
 
 def _outcome(read: Read) -> int:
     return CORRUPT if isinstance(read.answer, Corrupt) else UNAVAILABLE
 
 
-def _beyond(sizes: Iterable[int], count: int) -> Iterable[int]:
+def _beyond(sizes: list[int]) -> Iterable[int]:
     """Indices from which on the sizes exceed `MAX_ANSWER_BYTES` together."""
-    known = list(sizes)
-    if sum(known) <= MAX_ANSWER_BYTES:
+    if sum(sizes) <= MAX_ANSWER_BYTES:
         return ()
     total = 0
-    for index, size in enumerate(known):
+    for index, size in enumerate(sizes):
         total += size
         if total > MAX_ANSWER_BYTES:
-            return range(index, count)
+            return range(index, len(sizes))
     return ()

@@ -19,14 +19,16 @@ from ..counters import Counters
 from ..effects import Call, CallFailed, Script
 from ..errors import ProtocolError
 from ..keys import PERMUTATIONS
-from ..messages import AskSame, AskVersions, Message, Same, pack_i64, unpack_u32
+from ..messages import AskSame, AskVersions, Message, Same, unpack_u32
 from ..suspicion import Suspicion
 from .incarnations import Incarnations
 from .pages import Page
 
-_FEW = 24  # pages; arrays of a few elements would cost more than they save
+_FEW = 256  # pages; array operations, each of which finds its code and data cold, begin to pay above that
 _LABELS = np.dtype([("digest", "V16"), ("version", "<i8"), ("mark", "<i8"), ("order", "<i8")])
 _LABEL = struct.Struct("<16sqqq")
+_DIGEST, _VERSION, _MARK, _ORDER_AT = slice(16), slice(16, 24), slice(24, 32), 32
+_MASK = (1 << 64) - 1
 
 
 class Label(NamedTuple):
@@ -77,26 +79,38 @@ class Glances:
         return unproven
 
     def _prove_few(self, pages: Sequence[Page], names: Sequence[str]) -> Script[list[int]]:
-        asked: dict[str, list[int]] = {}
-        labels = list(map(Label.of, pages))
+        labels = [page.label for page in pages]
+        groups: dict[int, list[int]] = {}  # places of pages by order of priority, as which they are asked together
         for place, label in enumerate(labels):
-            for name in self._voters_of(label.order, names):
-                asked.setdefault(name, []).append(place)
-        calls = []
-        for name, places in asked.items():
-            digests = b"".join([labels[place].digest for place in places])
-            calls.append(self._call(name, digests, pack_i64([labels[place].version for place in places])))
+            groups.setdefault(label[_ORDER_AT], []).append(place)
+        asked: dict[str, list[int]] = {}  # orders of the pages
+        voters = {order: self._voters_of(order, names) for order in groups}
+        for order in groups:
+            for name in voters[order]:
+                asked.setdefault(name, []).append(order)
+        digests = {order: b"".join([labels[place][_DIGEST] for place in group]) for order, group in groups.items()}
+        versions = {order: b"".join([labels[place][_VERSION] for place in group]) for order, group in groups.items()}
+        calls = [
+            self._call(name, b"".join(map(digests.__getitem__, orders)), b"".join(map(versions.__getitem__, orders)))
+            for name, orders in asked.items()
+        ]
         replies = yield calls
-        votes = [0] * len(pages)
-        is_fresh = [False] * len(pages)
-        for call, places, reply in zip(calls, asked.values(), replies, strict=True):
-            others = self._take(call.node, len(places), reply)
+        marks: dict[str, bytes] = {}  # of who answered as is due
+        refused: set[int] = set()  # places of which one of those who were asked does not say `same`
+        for (name, orders), reply in zip(asked.items(), replies, strict=True):
+            others = self._take(name, sum([len(groups[order]) for order in orders]), reply)
             if others is not None:
-                for at, place in enumerate(places):
-                    if at not in others:
-                        votes[place] += 1
-                        is_fresh[place] |= labels[place].mark == reply.mark
-        return [place for place in range(len(pages)) if votes[place] <= len(names) // 2 or not is_fresh[place]]
+                marks[name] = (reply.mark & _MASK).to_bytes(8, "little")
+                places = [place for order in orders for place in groups[order]] if others else []
+                refused.update([places[at] for at in others])
+        unproven: list[int] = []
+        for order, group in groups.items():
+            if marks.keys() >= set(voters[order]):  # who are no more than a majority
+                fresh = {marks[name] for name in voters[order]}
+                unproven += [place for place in group if labels[place][_MARK] not in fresh or place in refused]
+            else:
+                unproven += group
+        return unproven
 
     def _prove_many(self, pages: Sequence[Page], names: Sequence[str]) -> Script[list[int]]:
         labels = np.frombuffer(b"".join([page.label for page in pages]), dtype=_LABELS)

@@ -5,7 +5,9 @@ nothing else. `low` = b"" reaches the oldest item, `high` = b"" the newest. A pa
 (a delta, an extension, a trim) gives another page, which may share its columns. So a script that holds a page keeps
 a consistent one, whatever other scripts put into the cache meanwhile.
 
-Columns are parallel: `keys` (ascending item keys), `values`, `versions` and `written` (int64 arrays).
+Its items are kept as they travel, so that an answer is a slice: `keys` (ascending item keys), `packed` (what
+`packed_items` makes of the items, in the order of the keys) and `starts` (where each begins in `packed`, and where the
+last one ends).
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ..keys import MIN_TIMESTAMP, timestamp_floor
-from ..messages import DELETE, PUT, WIPE
+from ..messages import PUT, WIPE
+from ..packed_items import Item, pack_items, unpack_items
 
 _BYTES_HEADER = 40  # of a bytes object: 33, and on average 7 to the next multiple of 16
-_ITEM_OVERHEAD_BYTES = 2 * _BYTES_HEADER + 4 * 8  # two bytes objects, four column slots
-_PAGE_OVERHEAD_BYTES = 660  # the page, its four columns, low, high and digest
+_ITEM_OVERHEAD_BYTES = _BYTES_HEADER + 2 * 8  # the key, and two column slots
+_PAGE_OVERHEAD_BYTES = 520  # the page, its columns, low, high and label
 
 
 @dataclass(slots=True)
@@ -36,17 +40,27 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def packed(self, places: Sequence[int]) -> list[bytes]:
+        """The items at these places, packed."""
+        return pack_items(
+            [self.keys[at] for at in places],
+            [self.values[at] for at in places],
+            [self.versions[at] for at in places],
+            [self.written[at] for at in places],
+        )
+
 
 @dataclass(slots=True)
 class PageSlice:
-    """Items of a page, newest first. `more`: older items may exist. `most_bytes`: what keys and values have at most."""
+    """`count` items of a page, oldest first, packed. `more`: older items than these may exist."""
 
-    keys: list[bytes]
-    values: list[bytes]
-    versions: array[int]
-    written: array[int]
+    count: int
+    packed: bytes
     more: bool
-    most_bytes: int
+
+    def unpacked(self) -> list[Item]:
+        """The items, newest first."""
+        return unpack_items(self.packed, self.count)[::-1]
 
 
 class Page:
@@ -63,11 +77,10 @@ class Page:
         "keys",
         "label",
         "low",
+        "packed",
+        "starts",
         "used",
-        "values",
         "version",
-        "versions",
-        "written",
     )
 
     def __init__(
@@ -77,18 +90,16 @@ class Page:
         high: bytes,
         horizon: int,
         keys: list[bytes],
-        values: list[bytes],
-        versions: array[int],
-        written: array[int],
+        packed: bytes,
+        starts: array[int],
     ) -> None:
         self.version = version
         self.low = low
         self.high = high
         self.horizon = horizon
         self.keys = keys
-        self.values = values
-        self.versions = versions
-        self.written = written
+        self.packed = packed
+        self.starts = starts
         self.label = b""
         self.used = False
         self._nbytes = 0
@@ -102,18 +113,10 @@ class Page:
         end = len(rows)
         while end > first and rows.keys[end - 1] < low:
             end -= 1
-        part = slice(first, end)
-        page = cls(
-            version,
-            low,
-            high,
-            horizon,
-            rows.keys[part][::-1],
-            rows.values[part][::-1],
-            array("q", rows.versions[part][::-1]),
-            array("q", rows.written[part][::-1]),
-        )
-        return page._expire(horizon)
+        keys = rows.keys[first:end][::-1]
+        items = rows.packed(range(end - 1, first - 1, -1))
+        starts = array("q", accumulate(map(len, items), initial=0))
+        return cls(version, low, high, horizon, keys, b"".join(items), starts)._expire(horizon)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -122,7 +125,7 @@ class Page:
     def nbytes(self) -> int:
         """Memory that the page occupies, object headers included, in bytes."""
         if not self._nbytes:
-            data = sum(map(len, self.keys)) + sum(map(len, self.values))
+            data = sum(map(len, self.keys)) + len(self.packed)
             self._nbytes = _PAGE_OVERHEAD_BYTES + len(self.keys) * _ITEM_OVERHEAD_BYTES + data
         return self._nbytes
 
@@ -130,10 +133,18 @@ class Page:
         """Whether the page's range covers an item key, so that it can tell whether the item exists."""
         return key >= self.low and (not self.high or key < self.high)
 
-    def find(self, key: bytes) -> int:
-        """Position of an item in the columns, or -1."""
+    def find(self, key: bytes) -> bytes:
+        """The packed item with that key, b"" if there is none."""
         at = bisect_left(self.keys, key)
-        return at if at < len(self.keys) and self.keys[at] == key else -1
+        return self.packed_item(at) if at < len(self.keys) and self.keys[at] == key else b""
+
+    def packed_item(self, place: int) -> bytes:
+        """The packed item at a place in the columns."""
+        return self.packed[self.starts[place] : self.starts[place + 1]]
+
+    def unpacked(self) -> list[Item]:
+        """All items, oldest first."""
+        return unpack_items(self.packed, len(self.keys))
 
     def covers(self, before: bytes, limit: int) -> bool:
         """Whether the page can give the newest `limit` items older than `before` (b"" = from the newest)."""
@@ -148,7 +159,7 @@ class Page:
     def newest(self, limit: int, before: bytes, max_bytes: int) -> PageSlice | None:
         """The newest `limit` items older than `before` (b"" = from the newest), or None if the page can't tell.
 
-        Fewer come when there are no more, or when keys and values would exceed `max_bytes` (then at least one).
+        Fewer come when there are no more, or when packed they would exceed `max_bytes` (then at least one).
         """
         if self.high and (not before or before > self.high):
             return None
@@ -156,24 +167,13 @@ class Page:
         if before and before < self.low:
             return None
         start = max(0, end - limit)
-        cut = self._cut(start, end, max_bytes)
+        starts = self.starts
+        cut = start
+        if starts[end] - starts[start] > max_bytes:  # least place from which all fit
+            cut = min(bisect_left(starts, starts[end] - max_bytes, start, end), end - 1)
         if cut == start and end - start < limit and self.low:
             return None
-        part = slice(end - 1, cut - 1 if cut else None, -1) if end else slice(0, 0)
-        more = cut > 0 or bool(self.low)
-        columns = (self.keys[part], self.values[part], self.versions[part], self.written[part])
-        return PageSlice(*columns, more, self.nbytes)
-
-    def _cut(self, start: int, end: int, max_bytes: int) -> int:
-        """Least position >= start from which the items up to `end` fit into `max_bytes`; one always fits."""
-        if self.nbytes <= max_bytes:
-            return start
-        size = 0
-        for at in range(end - 1, start - 1, -1):
-            size += len(self.keys[at]) + len(self.values[at])
-            if size > max_bytes and at < end - 1:
-                return at + 1
-        return start
+        return PageSlice(end - cut, self.packed[starts[cut] : starts[end]], cut > 0 or bool(self.low))
 
     def apply(self, delta: Rows, *, version: int, wiped: int, horizon: int) -> Page:
         """The page at `version`, given every row that was chosen after its own version, in log order.
@@ -185,44 +185,49 @@ class Page:
             if row_kind == WIPE:
                 wiped = max(wiped, row_version - 1)  # what its own entry writes comes after the wipe
         if wiped >= self.version:
-            page = Page(version, b"", self.high, self.horizon, [], [], array("q"), array("q"))
+            page = Page(version, b"", self.high, self.horizon, [], b"", array("q", (0,)))
         elif not delta.keys and version == self.version and horizon <= self.horizon:
             return self
         else:
-            copied = bool(delta.keys)
-            page = Page(
-                version,
-                self.low,
-                self.high,
-                self.horizon,
-                self.keys[:] if copied else self.keys,
-                self.values[:] if copied else self.values,
-                self.versions[:] if copied else self.versions,
-                self.written[:] if copied else self.written,
-            )
-        page._apply_rows(delta, wiped)
-        return page._expire(horizon)
+            page = Page(version, self.low, self.high, self.horizon, self.keys, self.packed, self.starts)
+        return page._changed(delta, wiped)._expire(horizon)
 
-    def _apply_rows(self, delta: Rows, wiped: int) -> None:
-        """Apply rows in place; only for a page that nobody else has seen."""
-        for at, key in enumerate(delta.keys):
-            kind = delta.kinds[at]
-            if kind == WIPE or delta.versions[at] <= wiped or not self.contains(key):
-                continue
-            place = bisect_left(self.keys, key)
-            present = place < len(self.keys) and self.keys[place] == key
-            if kind == DELETE:
-                if present:
-                    del self.keys[place], self.values[place], self.versions[place], self.written[place]
-            elif present:
-                self.values[place] = delta.values[at]
-                self.versions[place] = delta.versions[at]
-                self.written[place] = delta.written[at]
-            else:
-                self.keys.insert(place, key)
-                self.values.insert(place, delta.values[at])
-                self.versions.insert(place, delta.versions[at])
-                self.written.insert(place, delta.written[at])
+    def _changed(self, delta: Rows, wiped: int) -> Page:
+        """The page with the rows of a delta, those that are its business."""
+        last = {  # of several rows of an item
+            key: at
+            for at, (key, kind, version) in enumerate(zip(delta.keys, delta.kinds, delta.versions, strict=True))
+            if kind != WIPE and version > wiped and self.contains(key)
+        }
+        if not last:
+            return self
+        written = [at for at in last.values() if delta.kinds[at] == PUT]
+        changes = dict.fromkeys(last, b"")  # packed items by key, b"" where one is deleted
+        changes |= zip([delta.keys[at] for at in written], delta.packed(written), strict=True)
+        keys: list[bytes] = []
+        parts: list[bytes] = []
+        starts = array("q", (0,))
+        place = 0
+        for key in sorted(changes):
+            until = bisect_left(self.keys, key, place)
+            self._copy(place, until, keys, parts, starts)
+            place = until + (until < len(self.keys) and self.keys[until] == key)
+            if item := changes[key]:
+                keys.append(key)
+                parts.append(item)
+                starts.append(starts[-1] + len(item))
+        self._copy(place, len(self.keys), keys, parts, starts)
+        return Page(self.version, self.low, self.high, self.horizon, keys, b"".join(parts), starts)
+
+    def _copy(self, first: int, end: int, keys: list[bytes], parts: list[bytes], starts: array[int]) -> None:
+        """Append the items at [first, end) to other columns."""
+        if first == end:
+            return
+        keys += self.keys[first:end]
+        parts.append(self.packed[self.starts[first] : self.starts[end]])
+        shift = starts[-1] - self.starts[first]
+        ends = self.starts[first + 1 : end + 1]
+        starts += array("q", [one + shift for one in ends]) if shift else ends
 
     def _expire(self, horizon: int) -> Page:
         """The page without items of a timestamp below `horizon`, which never decreases."""
@@ -237,26 +242,19 @@ class Page:
 
     def _from(self, first: int, low: bytes, horizon: int) -> Page:
         if first == 0:
-            columns = (self.keys, self.values, self.versions, self.written)
-        else:
-            columns = (self.keys[first:], self.values[first:], self.versions[first:], self.written[first:])
-        return Page(self.version, low, self.high, horizon, *columns)
+            return Page(self.version, low, self.high, horizon, self.keys, self.packed, self.starts)
+        shift = self.starts[first]
+        starts = array("q", [start - shift for start in self.starts[first:]])
+        return Page(self.version, low, self.high, horizon, self.keys[first:], self.packed[shift:], starts)
 
     def extend(self, older: Page) -> Page:
         """This page and the piece right below it, both at one version. Raises ValueError if they don't meet."""
         if older.version != self.version or older.high != self.low or not self.low:
             raise ValueError("only a piece that ends where the page starts, at the same version, extends it")
-        page = Page(
-            self.version,
-            older.low,
-            self.high,
-            self.horizon,
-            older.keys + self.keys,
-            older.values + self.values,
-            older.versions + self.versions,
-            older.written + self.written,
-        )
-        return page._expire(older.horizon)
+        keys, packed = older.keys + self.keys, older.packed + self.packed
+        shift = older.starts[-1]
+        starts = older.starts + array("q", [start + shift for start in self.starts[1:]])
+        return Page(self.version, older.low, self.high, self.horizon, keys, packed, starts)._expire(older.horizon)
 
     def trim(self, max_items: int, max_bytes: int) -> Page:
         """The page without its oldest items, so that it has at most `max_items`, in at most `max_bytes` of memory.
@@ -267,7 +265,7 @@ class Page:
         if self.nbytes > max_bytes:
             size = _PAGE_OVERHEAD_BYTES
             for at in range(len(self.keys) - 1, first - 1, -1):
-                size += len(self.keys[at]) + len(self.values[at]) + _ITEM_OVERHEAD_BYTES
+                size += len(self.keys[at]) + self.starts[at + 1] - self.starts[at] + _ITEM_OVERHEAD_BYTES
                 if size > max_bytes:
                     first = min(at + 1, len(self.keys) - 1)
                     break

@@ -23,6 +23,7 @@ from ..messages import (
     unpack_i64,
     unpack_u32,
 )
+from ..packed_items import Item, unpack_items
 from .pages import Page, PageSlice, Rows
 from .votes import Votes
 
@@ -37,13 +38,15 @@ class PageAnswer:
 
 @dataclass(slots=True)
 class ItemAnswer:
-    """One item as of timeline version `version`; `found` is False where there is none."""
+    """One item as of timeline version `version`: `packed`, b"" where there is none."""
 
     version: int
-    found: bool
-    value: bytes = b""
-    item_version: int = 0
-    written: int = 0
+    packed: bytes = b""
+
+    @property
+    def item(self) -> Item | None:
+        """The item itself."""
+        return unpack_items(self.packed, 1)[0] if self.packed else None
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +59,7 @@ class Read:
     key: bytes
     limit: int
     deadline: float
-    max_bytes: int = 0  # of a page's keys and values
+    max_bytes: int = 0  # of a page, packed
     answer: PageAnswer | ItemAnswer | TimeTierError | None = None
     ticket: object = None  # whoever waits for it
 

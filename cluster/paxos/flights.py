@@ -245,6 +245,8 @@ class Arrivals:
                 after = acceptor.accept(timeline, ballot, value)
             elif is_next and timeline.accepted == ballot and not timeline.learned:
                 after = max(after, timeline.dirty)  # the flight was repeated
+            elif entry == timeline.chosen and timeline.ballot == ballot:
+                after = max(after, timeline.dirty)  # it was repeated late: it is chosen at this very ballot
             else:
                 others.append(index)
                 acceptor.on_accept(timeline, sender, Accept(key, entry, ballot, before, value), now)

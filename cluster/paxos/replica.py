@@ -501,8 +501,9 @@ class Replica:
                     staying.append((after, peer, message))
             core.messages = staying
         for peer, messages in leaving.items():
-            # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
-            messages[:0] = self.proposer.telling.take(peer)
+            if messages:
+                # First in the batch: a Prepare for the next entry behind it then finds its receiver up to date.
+                messages[:0] = self.proposer.telling.take(peer)
             output.peers += [(peer, batch) for batch in self._batches(peer, messages)]
         return output
 

@@ -60,13 +60,15 @@ class Versions:
         dirty: list[bytes] = []
         clean: list[bytes] = []
         versions: list[int] = []
+        durable, waiting = self._durable, self._waiting
         for timeline in self.changed:
-            chosen = timeline.chosen
             if timeline.accepted != NO_BALLOT:
                 chosen = DIRTY  # it comes back when the open entry is chosen
-            elif timeline.dirty > self._durable:
-                self._waiting.append(timeline)
+            elif timeline.dirty > durable:
+                waiting.append(timeline)
                 chosen = DIRTY
+            else:
+                chosen = timeline.chosen
             if timeline.noted == chosen:
                 continue
             timeline.noted = chosen

@@ -1,9 +1,9 @@
 """Who makes a log durable: the event loop itself while the disk is quick, else a thread.
 
-To hand a flush to a thread, and its end back, takes more processor time than all else that one write costs a replica
-beside it: the loop is woken twice, and two threads fight for the interpreter. So a flush is done in place as long as
-half of them take less than `in_place_s`: for that time the node answers nobody. From a disk that is slower all is done
-by the thread, and the node answers what needs no disk meanwhile. Now and then such a disk is tried in place again.
+To hand a flush to a thread, and its end back, takes a good part of all processor time of a write: the thread is woken,
+then the loop, and the two fight for the interpreter. So a flush is done in place as long as half of them take less than
+`in_place_s`: for that time the node answers nobody. From a disk that is slower all is done by the thread, and the node
+answers what needs no disk meanwhile. Now and then such a disk is tried in place again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 IN_PLACE_S = 0.001
 FLUSHES_BY_THREAD = 256  # before a slow disk is tried again
-_STALLS = 20  # a single flush that takes so many times what is allowed leaves the next ones to the thread
-_STEP = 1 / 16
+_STALLS = 100  # a single flush that takes so many times what is allowed leaves the next ones to the thread
+_STEP = 1 / 32
 
 Done = Callable[[BaseException | None], None]
 """Is told, once, that a flush has ended, and of the error if it failed."""
@@ -64,7 +64,8 @@ class Flusher:
             done(error)
             return
         took = self._now() - began
-        self._median_s *= 1 + _STEP if took > self._median_s else 1 - _STEP
+        step = 1 + _STEP if took > self._median_s else 1 - _STEP
+        self._median_s = max(self._median_s * step, self._limit_s / 100)
         if self._median_s > self._limit_s or took > _STALLS * self._limit_s:
             self._by_thread = FLUSHES_BY_THREAD
             self._median_s = self._limit_s  # the next try decides

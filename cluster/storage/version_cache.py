@@ -182,8 +182,11 @@ class VersionCache:
     def _find(self, low: Words, high: Words) -> _Found:
         """Where digests are. `take` is some times faster than the same by an index."""
         rows = ((low >> _HALF) * self._row_count >> _HALF).astype(np.int64)
-        ways = (self._low.take(rows, axis=0) == low[:, None]).argmax(axis=1)
-        places = rows * WAYS + ways
+        places = rows * WAYS
+        ways: Ints = np.zeros_like(rows)
+        if not (self._flat_low.take(places) == low).all():  # else all are at the front, as what was used just now is
+            ways = (self._low.take(rows, axis=0) == low[:, None]).argmax(axis=1)
+            places += ways
         there = (self._flat_low.take(places) == low) & (self._flat_high.take(places) == high)
         return _Found(low, high, rows, ways, places, there)
 

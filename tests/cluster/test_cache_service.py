@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from read_answers import keys_of, travelled, values_of
 from storage_cluster import BUCKETS as CLUSTER_BUCKETS
 from storage_cluster import StorageCluster, wait_for
 from storage_model import World, key_of, topology
@@ -39,8 +40,8 @@ from timetier.cluster.messages import (
     Write,
     pack_u32,
     unpack_i64,
-    unpack_u32,
 )
+from timetier.cluster.packed_items import Item
 from timetier.cluster.routing import Routing
 
 T = key_of("alice")
@@ -79,13 +80,13 @@ class Node:
         message = ReadPages(1, list(timelines), [before] * count, pack_u32([limit] * count), timeout_ms)
         reply = await self.service.handle(message)
         assert isinstance(reply, Pages)
-        return reply
+        return travelled(reply)
 
     async def items(self, *timestamps: int, timeline: bytes = T, timeout_ms: int = 2000) -> FoundItems:
         keys = [item_key(timestamp) for timestamp in timestamps]
         reply = await self.service.handle(ReadItems(1, [timeline] * len(keys), keys, timeout_ms))
         assert isinstance(reply, FoundItems)
-        return reply
+        return travelled(reply)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -101,13 +102,12 @@ def test_pages_and_items_come_back_in_the_order_of_the_request() -> None:
         node.world.put(other, 9, b"b")
         pages = await node.pages(T, other, T, limit=2)
         assert pages.outcomes == bytes((OK, OK, OK))
-        assert unpack_u32(pages.counts) == [2, 1, 2] and pages.more == bytes((1, 0, 1))
+        assert pages.more == bytes((1, 0, 1))
         assert unpack_i64(pages.timeline_versions) == [4, 1, 4]
-        assert pages.values == [b"a3", b"a2", b"b", b"a3", b"a2"]
-        assert pages.keys[:2] == [item_key(3), item_key(2)]
+        assert [values_of(page) for page in pages.items] == [[b"a2", b"a3"], [b"b"], [b"a2", b"a3"]]
+        assert keys_of(pages.items[0]) == [item_key(2), item_key(3)]
         items = await node.items(2, 77, 0)
-        assert (items.found, items.values) == (bytes((1, 0, 1)), [b"a2", b"", b"a0"])
-        assert unpack_i64(items.versions) == [3, 0, 1] and unpack_i64(items.written) == [1003, 0, 1001]
+        assert items.items == [Item(2, b"a2", b"", 3, 1003), None, Item(0, b"a0", b"", 1, 1001)]
         await node.service.stop()
 
     asyncio.run(main())
@@ -167,7 +167,7 @@ def test_one_fetch_at_a_time_per_timeline_serves_all_that_wait_for_it() -> None:
         assert len(node.sent(Check)) == 1, "the others wait for that page"
         node.gate.set()
         for reply in await asyncio.gather(*reads):
-            assert unpack_u32(reply.counts) == [5]
+            assert [len(page) for page in reply.items] == [5]
         assert len(node.sent(Check)) <= 3
         await node.service.stop()
 
@@ -186,7 +186,7 @@ def test_a_full_queue_refuses_with_a_hint_and_serves_again_afterwards() -> None:
         assert refusal.value.retry_after_s is not None and refusal.value.retry_after_s > 0
         node.gate.set()
         await asyncio.gather(*waiting)
-        assert (await node.items(1)).found == bytes((1,))
+        assert None not in (await node.items(1)).items
         assert node.service.status()["counters"]["queue"] == 0
         assert node.service.counters.totals["refused"] == 1
         await node.service.stop()
@@ -206,7 +206,7 @@ def test_a_deadline_ends_a_read_and_nothing_of_it_stays_behind() -> None:
         assert reply.outcomes == bytes((UNAVAILABLE,)) and loop.time() - began < 1
         node.network.heal()
         await until(lambda: node.service.status()["counters"]["queue"] == 0)
-        assert (await node.items(1)).found == bytes((1,))
+        assert None not in (await node.items(1)).items
         await node.service.stop()
 
     asyncio.run(main())
@@ -301,7 +301,7 @@ def test_readers_of_one_block_share_one_read_of_it() -> None:
         blocks = await asyncio.gather(*calls)
         assert len(node.sent(BlockRead)) == 1, "nor does one that gives up take the others along"
         assert all(isinstance(block, BlockBytes) and len(block.data) == ref.length for block in blocks)
-        assert (await node.items(4)).values == [b"4"]
+        assert values_of((await node.items(4)).items) == [b"4"]
         await node.service.stop()
 
     asyncio.run(main())

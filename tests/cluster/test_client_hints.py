@@ -8,13 +8,16 @@ from random import Random
 from typing import Any
 
 from client_model import make_topology
+from scripted_group import Scripted
 from timetier.cluster.client.scripts import ItemQueries, WriteRequest, read_items, write
 from timetier.cluster.client.view import View
-from timetier.cluster.effects import Call, Script, Sleep
+from timetier.cluster.effects import Call, CallFailed, Script, Sleep
 from timetier.cluster.errors import Unavailable
 from timetier.cluster.gate import RETRY_AFTER_S, overloaded
 from timetier.cluster.keys import item_key, timeline_key
-from timetier.cluster.messages import OK, PUT, Failure, Message, Written, decode, encode, failure, pack_i64
+from timetier.cluster.messages import OK, PUT, Failure, FoundItems, Message, Written, decode, encode, failure, pack_i64
+from timetier.cluster.packed_items import Item
+from timetier.cluster.paxos.replica import LEARNING
 
 ALICE = timeline_key(b"moments", b"alice", 1024)
 BUSY = failure(overloaded("it has too much to do"))
@@ -31,7 +34,7 @@ class Asked:
         self.view = View(make_topology(), now=lambda: self.now, random=Random(3))
         self.calls: list[tuple[float, str]] = []
 
-    def run(self, script: Script[Any], answer: Callable[[int, Call], Message]) -> Any:
+    def run(self, script: Script[Any], answer: Callable[[int, Call], Message | CallFailed]) -> Any:
         try:
             effect = next(script)
             while True:
@@ -133,7 +136,7 @@ def test_a_learner_or_a_node_that_starts_is_asked_again_soon_and_is_on_no_probat
 
 def _refusal_of_a_learner() -> Unavailable:
     group = Scripted(1)
-    group.replica(0).learning.active = True
+    group.replica(0).state = LEARNING
     try:
         group.replica(0).require_voting()
     except Unavailable as refusal:
@@ -145,17 +148,17 @@ def test_a_node_that_the_map_has_just_added_and_that_does_not_listen_yet_is_aske
     asked = Asked()
     asked.view.update(make_topology(2, caches=3))
     timelines = [timeline_key(b"moments", b"owner %d" % n, 1024) for n in range(50)]
-    (alices,) = [one for one in timelines if asked.view.routing.cache_order(one)[0] == "cache-0-2"][:1]
-    queries = ItemQueries([alices], [item_key(1)])
+    timeline = next(one for one in timelines if asked.view.routing.cache_order(one)[0] == "cache-0-2")
+    queries = ItemQueries([timeline], [item_key(1)])
     listens = False
 
     def answer(_number: int, call: Call) -> Message | CallFailed:
         if call.node == "cache-0-2" and not listens:
             return CallFailed(call.node, "no address of it is known", sent=False)
-        return FoundItems(b"\0", pack_i64([1]), b"\1", [b"v"], pack_i64([1]), pack_i64([1]))
+        return FoundItems(b"\0", pack_i64([1]), [Item(1, b"v", b"", 1, 1)])
 
     asked.run(read_items(asked.view, queries, 3.0), answer)
-    assert [node for _, node in asked.calls] == ["cache-0-2", asked.view.routing.cache_order(alices)[1]]
+    assert [node for _, node in asked.calls] == ["cache-0-2", asked.view.routing.cache_order(timeline)[1]]
     listens, asked.now = True, asked.now + 0.3
     asked.run(read_items(asked.view, queries, 3.0), answer)
     assert asked.calls[-1][1] == "cache-0-2"

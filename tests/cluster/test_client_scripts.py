@@ -11,7 +11,7 @@ from client_model import make_topology
 from timetier.cluster.client.batch import MAX_MESSAGE_BYTES
 from timetier.cluster.client.scripts import (
     ItemQueries,
-    PageQuery,
+    PageQueries,
     WriteRequest,
     ask_status,
     read_items,
@@ -51,10 +51,10 @@ from timetier.cluster.messages import (
     Written,
     failure,
     pack_i64,
-    pack_u32,
     unpack_i64,
     unpack_u32,
 )
+from timetier.cluster.packed_items import Item
 
 ALICE = timeline_key(b"moments", b"alice", 1024)
 Answer = Callable[[Call], Message | CallFailed]
@@ -63,10 +63,10 @@ Answer = Callable[[Call], Message | CallFailed]
 class Hand:
     """Answers scripts by hand. `calls`: all that were made; `rounds`: how many went together; `slept`: pauses."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, caches: int = 2, **settings: Any) -> None:
         self.now = 100.0
         self.view = View(
-            make_topology(caches=2), now=lambda: self.now, random=Random(7), settings=ClientSettings(**settings)
+            make_topology(caches=caches), now=lambda: self.now, random=Random(7), settings=ClientSettings(**settings)
         )
         self.calls: list[Call] = []
         self.rounds: list[int] = []
@@ -394,18 +394,15 @@ def test_versions_are_remembered_in_a_bounded_number_least_recent_first_out() ->
 def page(call: Call, *, more: bool = False, items: int = 1) -> Pages:
     assert isinstance(call.message, ReadPages)
     n = len(call.message.timelines)
-    keys = [item_key(9 - i) for i in range(items)] * n
-    ones = pack_i64([1] * len(keys))
-    return Pages(
-        bytes(n), pack_i64([4] * n), pack_u32([items] * n), bytes([more]) * n, keys, [b"v"] * len(keys), ones, ones
-    )
+    pages = [[Item(10 - items + i, b"v", b"", 1, 1) for i in range(items)] for _ in range(n)]
+    return Pages(bytes(n), pack_i64([4] * n), bytes([more]) * n, pages)
 
 
 def found(call: Call, outcome: int = OK) -> FoundItems:
     assert isinstance(call.message, ReadItems)
     n = len(call.message.timelines)
     ones = pack_i64([1] * n)
-    return FoundItems(bytes([outcome]) * n, ones, b"\x01" * n, [b"v"] * n, ones, ones)
+    return FoundItems(bytes([outcome]) * n, ones, [Item(1, b"v", b"", 1, 1)] * n)
 
 
 def read_one(hand: Hand, answer: Answer, timeout_s: float = 10.0) -> Any:
@@ -419,7 +416,7 @@ def test_reads_go_to_the_cache_nodes_first_and_to_the_storage_nodes_when_none_of
     def answer(call: Call) -> Message | CallFailed:
         return unsent(call) if call.node.startswith("cache") else found(call)
 
-    assert read_one(hand, answer).value == b"v"
+    assert read_one(hand, answer).item.value == b"v"
     order = hand.view.routing.cache_order(ALICE) + hand.view.routing.storage_order(ALICE)
     assert hand.nodes == order[:3]
     assert hand.slept == []
@@ -445,31 +442,30 @@ def test_reads_that_no_repetition_can_mend_end_at_once(outcome: int, kind: type[
 
 def test_a_page_comes_back_as_columns() -> None:
     hand = Hand()
-    queries = [PageQuery(ALICE, b"", 20), PageQuery(timeline_key(b"moments", b"bob", 1024), item_key(5), 20)]
+    queries = PageQueries([ALICE, timeline_key(b"moments", b"bob", 1024)], [b"", item_key(5)], [20, 20])
     results = hand.run(read_pages(hand.view, queries, 10.0), lambda call: page(call, more=True, items=2))
-    for result in results:
-        assert result == (4, True, [item_key(9), item_key(8)], [b"v", b"v"], [1, 1], [1, 1])
+    for result in results.rows():
+        assert result == (4, True, [Item(9, b"v", b"", 1, 1), Item(8, b"v", b"", 1, 1)])
     assert hand.view.seen(ALICE) == 4
 
 
 def test_pages_with_columns_that_do_not_fit_are_not_believed() -> None:
-    good = Pages(b"\x00", pack_i64([4]), pack_u32([1]), b"\x00", [item_key(1)], [b"v"], pack_i64([1]), pack_i64([1]))
+    good = Pages(b"\x00", pack_i64([4]), b"\x00", [[Item(1, b"v", b"", 1, 1)]])
     changes: list[dict[str, Any]] = [
         {"outcomes": b""},
         {"timeline_versions": b"1"},
-        {"counts": pack_u32([2])},
         {"more": b""},
-        {"keys": []},
-        {"values": []},
-        {"versions": b""},
-        {"written": b"123"},
-        {"keys": [], "values": [], "versions": b"", "written": b"", "counts": pack_u32([0]), "more": b"\x01"},
+        {"items": []},
+        {"items": [[], []]},
+        {"items": [[]], "more": b"\x01"},
     ]
     for change in changes:
-        hand = Hand()
-        bad = Pages(**{name: change.get(name, getattr(good, name)) for name in good.__struct_fields__})
-        [result] = hand.run(read_pages(hand.view, [PageQuery(ALICE, b"", 5)], 10.0), in_turn(bad, good))
-        assert result.version == 4 and len(hand.calls) == 2, change
+        for caches in (1, 2):  # one cache node for all timelines is asked without a batch
+            hand = Hand(caches=caches)
+            bad = Pages(**{name: change.get(name, getattr(good, name)) for name in good.__struct_fields__})
+            query = PageQueries([ALICE], [b""], [5])
+            [result] = hand.run(read_pages(hand.view, query, 10.0), in_turn(bad, good)).rows()
+            assert result.version == 4 and len(result.items) == 1 and len(hand.calls) == 2, change
 
 
 def test_an_answer_too_large_for_a_frame_is_asked_for_in_smaller_pieces() -> None:
@@ -480,9 +476,9 @@ def test_an_answer_too_large_for_a_frame_is_asked_for_in_smaller_pieces() -> Non
         limits = unpack_u32(call.message.limits)
         return Failure("TooLarge", "a frame has its limit", {"limit": 1}) if sum(limits) > 100 else page(call)
 
-    queries = [PageQuery(timeline_key(b"moments", b"o%d" % i, 1024), b"", 400) for i in range(4)]
+    queries = PageQueries([timeline_key(b"moments", b"o%d" % i, 1024) for i in range(4)], [b""] * 4, [400] * 4)
     results = hand.run(read_pages(hand.view, queries, 10.0), answer)
-    assert [result.version for result in results] == [4] * 4
+    assert results.versions == [4] * 4 and not results.errors
 
 
 def test_a_single_item_too_large_for_a_frame_is_an_error_and_no_endless_loop() -> None:

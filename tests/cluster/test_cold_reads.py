@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from random import Random
 
+from read_answers import keys_of, travelled
 from storage_cluster import POLICY, StorageCluster, topology, wait_for
 from timetier.cluster.client.scripts import WriteRequest, write
 from timetier.cluster.client.view import View
@@ -21,7 +22,7 @@ from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import bucket_of, item_key, timeline_key
 from timetier.cluster.memory.service import CacheService
-from timetier.cluster.messages import PUT, FoundItems, Message, Pages, ReadItems, ReadPages, pack_u32, unpack_u32
+from timetier.cluster.messages import PUT, FoundItems, Message, Pages, ReadItems, ReadPages, pack_u32
 from timetier.cluster.routing import Routing
 from timetier.cluster.suspicion import Suspicion
 
@@ -147,14 +148,16 @@ class Tiers:
 
     async def get(self, owner: bytes, at: int) -> bytes:
         answer = await self.cache.handle(ReadItems(1, [self.key(owner)], [item(at)], 10_000))
-        assert isinstance(answer, FoundItems) and answer.found == b"\x01", (owner, at)
-        return answer.values[0]
+        assert isinstance(answer, FoundItems), answer
+        (found,) = travelled(answer).items
+        assert found is not None, (owner, at)
+        return found.value
 
     async def page(self, owner: bytes, before: bytes, limit: int) -> list[bytes]:
         answer = await self.cache.handle(ReadPages(1, [self.key(owner)], [before], pack_u32([limit]), 10_000))
         assert isinstance(answer, Pages) and answer.outcomes == b"\x00"
-        assert unpack_u32(answer.counts) == [len(answer.keys)]
-        return answer.keys
+        (items,) = travelled(answer).items
+        return keys_of(reversed(items))
 
 
 @asynccontextmanager

@@ -200,6 +200,25 @@ def test_a_flight_is_repeated_word_for_word() -> None:
     assert heard.of(Accepts)[0] == first
 
 
+def test_a_flight_that_is_repeated_when_it_is_chosen_costs_one_answer() -> None:
+    """A busy group repeats itself; were each entry then sent back in full, that alone would keep it busy."""
+    group = Scripted(14)
+    timelines = owned_by(0)
+    written(group, 0, timelines, 1)
+    heard = Heard(group)
+    written(group, 0, timelines, 2)
+    group.run(0.1)
+    (message,) = heard.of(Accepts)
+    assert isinstance(message, Accepts)
+    assert chosen(group, 1, timelines) == {2}
+    later = Heard(group)
+    group.inject(0, 1, message)
+    group.run(0.1)
+    answers = [one for source, _, one in later if source == 1]
+    assert answers == [AcceptedAll(message.number, group.replica(0).core.life, b"")]
+    assert chosen(group, 1, timelines) == {2}
+
+
 def test_who_did_not_hear_of_a_flight_is_told_of_each_entry() -> None:
     group = Scripted(6)
     timelines = owned_by(0)

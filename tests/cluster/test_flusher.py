@@ -67,7 +67,7 @@ def test_a_quick_disk_is_flushed_in_place() -> None:
 def test_a_disk_that_gets_slow_is_left_to_the_thread_and_tried_again_in_place() -> None:
     async def body(flusher: Flusher, disk: Disk) -> None:
         here = threading.get_ident()
-        disk.takes_s = 100 * LIMIT_S
+        disk.takes_s = 200 * LIMIT_S
         await flush(flusher, disk.sync)
         for _ in range(FLUSHES_BY_THREAD):
             await flush(flusher, disk.sync)
@@ -80,6 +80,16 @@ def test_a_disk_that_gets_slow_is_left_to_the_thread_and_tried_again_in_place() 
         for _ in range(FLUSHES_BY_THREAD + 10):
             await flush(flusher, disk.sync)
         assert disk.threads[-10:] == [here] * 10
+
+    run(body)
+
+
+def test_a_disk_whose_flushes_all_take_longer_than_the_limit_is_left_to_the_thread_soon() -> None:
+    async def body(flusher: Flusher, disk: Disk) -> None:
+        disk.takes_s = 3 * LIMIT_S
+        for _ in range(30):
+            await flush(flusher, disk.sync)
+        assert disk.threads[0] == threading.get_ident() != disk.threads[-1]
 
     run(body)
 

@@ -98,8 +98,8 @@ class Writer:
             results += (await drive(read_items(self.view, part, 10), self.cluster.client)).rows()
         for (timeline, value), result in zip(expected.items(), results, strict=True):
             assert isinstance(result, ItemResult), (timeline, result)
-            assert result.found or timeline in self.unknown, f"{timeline!r} was acknowledged"
-            assert result.value == value or not result.found
+            assert result.item or timeline in self.unknown, f"{timeline!r} was acknowledged"
+            assert not result.item or result.item.value == value
 
 
 def run(body: Awaitable[None]) -> None:

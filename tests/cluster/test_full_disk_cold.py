@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from random import Random
 
+from read_answers import keys_of, values_of
 from small_disk import LimitedFiles, SmallDisk, small_disk
-from storage_cluster import POLICY, StorageCluster, wait_for
-from timetier.cluster.client.scripts import PageQuery, PageResult, WriteRequest, read_pages, write
+from storage_cluster import POLICY, StorageCluster, start_cold_group, wait_for
+from timetier.cluster.client.scripts import PageQueries, PageQuery, PageResult, WriteRequest, read_pages, write
 from timetier.cluster.client.view import View
 from timetier.cluster.cold.service import ColdService
 from timetier.cluster.cold.sink_calls import SinkSettings
 from timetier.cluster.cold.sink_script import SinkReport, TableSink, sink
 from timetier.cluster.cold.sinking import chosen_cut_offs
-from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import item_key, timeline_key
 from timetier.cluster.messages import PUT
@@ -37,23 +37,8 @@ class Tiers:
         self.expected: dict[bytes, dict[bytes, bytes]] = {}
 
     async def start_cold(self, folder: Path, disk: SmallDisk) -> None:
-        for replica in range(3):
-            name = f"cold-0-{replica}"
-            node = ColdService(
-                name,
-                0,
-                replica,
-                folder / name,
-                self.storage.topology,
-                self.storage.network.carrier(name),
-                disks=1,
-                read_threads=1,
-                counters=Counters(),
-                files=LimitedFiles(disk) if replica == 1 and not disk.mounted else None,
-            )
-            await node.start()
-            self.storage.network.register(name, node.handle)
-            self.cold.append(node)
+        files = {1: LimitedFiles(disk)} if not disk.mounted else None
+        self.cold = await start_cold_group(self.storage, folder, files)
 
     async def fill(self) -> None:
         random = Random(3)
@@ -67,9 +52,9 @@ class Tiers:
     async def check(self) -> None:
         for timeline, items in self.expected.items():
             query = PageQuery(timeline, b"", ITEMS)
-            (page,) = await drive(read_pages(self.view, [query], 10), self.storage.client)
+            (page,) = (await drive(read_pages(self.view, PageQueries.of([query]), 10), self.storage.client)).rows()
             assert isinstance(page, PageResult), page
-            assert dict(zip(page.keys, page.values, strict=True)) == items
+            assert dict(zip(keys_of(page.items), values_of(page.items), strict=True)) == items
 
     async def sink(self, run: str) -> SinkReport:
         cut_offs = chosen_cut_offs(POLICY, 0, before=ITEMS * STEP, by_event_time=True)

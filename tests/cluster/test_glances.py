@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from read_answers import keys_of, travelled
 from reader_bench import Bench, T
 from storage_model import DEAD, PAUSED, key_of
 from timetier.cluster.keys import item_key
@@ -138,7 +139,9 @@ def test_what_is_proven_is_the_truth_whatever_replicas_accept_learn_or_lose_mean
                 assert page.version >= chosen[timeline], "an entry was chosen before the question"
                 items = world.items(timeline, page.version)
                 truth = {key: item for key, item in items.items() if page.contains(key)}
-                assert dict(zip(page.keys, zip(page.values, page.versions, strict=True), strict=True)) == truth
+                assert {
+                    key: (it.value, it.version) for key, it in zip(page.keys, page.unpacked(), strict=True)
+                } == truth
     assert proven, "nothing was ever proven: this shows nothing"
 
 
@@ -177,27 +180,28 @@ def test_reads_that_no_page_covers_are_left_over() -> None:
     items = ItemGlance(cache, [T, other, T, T, T], [item_key(n) for n in (19, 19, 3, 99, 18)])
     assert (items.rest, items.covered()) == ([1, 2], [page])
     assert items.pages == [page, NO_PAGE, NO_PAGE, page, page]
-    found = items.answer(bytearray(5), {})
-    assert (list(found.found), found.values[0], found.values[3]) == ([1, 0, 0, 0, 1], b"v", b"")
+    found = travelled(items.answer(bytearray(5), {}))
+    assert [item and item.value for item in found.items] == [b"v", None, None, None, b"v"]
     assert unpack_i64(found.timeline_versions) == [20, -1, -1, 20, 20]
     assert items.drop([page]) == 3
     assert sorted(items.rest) == [0, 1, 2, 3, 4] and items.places == [-1] * 5
     pages = PageGlance(cache, [T, T, T], [b"", b"", item_key(3)], [2, 100, 1])
     assert pages.rest == [1, 2]
-    answer = pages.answer(bytearray(3), {}, 1 << 20)
-    assert answer.keys == [item_key(19), item_key(18)] and answer.more == b"\x01\x00\x00"
+    answer = travelled(pages.answer(bytearray(3), {}, 1 << 20))
+    assert [keys_of(items) for items in answer.items] == [[item_key(18), item_key(19)], [], []]
+    assert answer.more == b"\x01\x00\x00"
 
 
 def test_an_answer_of_pages_is_cut_where_it_exceeds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timetier.cluster.memory.columns.MAX_ANSWER_BYTES", 30)
+    monkeypatch.setattr("timetier.cluster.memory.columns.MAX_ANSWER_BYTES", 50)
     cache = PageCache(1 << 20)
     bench = Bench()
     bench.world.put(T, 1, b"x" * 12)
     cache.put(T, page_of(bench))
-    pages = PageGlance(cache, [T, T], [b"", b""], [1, 1]).answer(bytearray(2), {}, 1 << 20)
-    assert pages.outcomes[0] == 0 and pages.outcomes[1] != 0 and len(pages.values) == 1
-    items = ItemGlance(cache, [T, T, T], [item_key(1)] * 3).answer(bytearray(3), {})
-    assert items.outcomes[:2] == b"\x00\x00" and items.outcomes[2] != 0 and items.values[2] == b""
+    pages = travelled(PageGlance(cache, [T] * 3, [b""] * 3, [1] * 3).answer(bytearray(3), {}, 1 << 20))
+    assert pages.outcomes[:2] == b"\x00\x00" and pages.outcomes[2] != 0 and [len(p) for p in pages.items] == [1, 1, 0]
+    items = travelled(ItemGlance(cache, [T] * 3, [item_key(1)] * 3).answer(bytearray(3), {}))
+    assert items.outcomes[:2] == b"\x00\x00" and items.outcomes[2] != 0 and items.items[2] is None
 
 
 # ---------------------------------------------------------------- the lane

@@ -94,6 +94,11 @@ def test_tokens_name_the_item_that_they_were_made_of_and_fit_in_a_url(item: tupl
     assert token.replace("-", "").replace("_", "").isalnum()
 
 
+@given(st.lists(st.integers(keys.MIN_TIMESTAMP, keys.MAX_TIMESTAMP), max_size=8))
+def test_many_tokens_are_those_of_single_keys(timestamps: list[int]) -> None:
+    assert keys.encode_tokens(timestamps) == [keys.encode_token(keys.item_key(one)) for one in timestamps]
+
+
 @pytest.mark.parametrize(
     "token",
     [

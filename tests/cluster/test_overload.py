@@ -10,17 +10,16 @@ import asyncio
 import contextlib
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import node_process
+from read_answers import values_of
+from timetier.benchmarks.nodes import SECRET, NodeProcesses, topology_in
 from timetier.cluster.carriers.base import CallError
 from timetier.cluster.carriers.direct import DirectCarrier, host_id
 from timetier.cluster.client.scripts import ItemQueries, ItemQuery, ItemResult, WriteRequest, read_items, write
@@ -64,42 +63,9 @@ CONFIG = Config(
 BIG = timeline_key(b"t", b"big", BUCKETS)
 
 
-@contextlib.contextmanager
-def nodes(folder: Path, names: list[str]) -> Iterator[None]:
-    """A process for each node; they end with the test."""
-    command = [sys.executable, node_process.__file__]
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context((folder / "log").open("ab"))
-        started = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [*command, name, str(folder), CONFIG.to_json()],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                )
-            )
-            for name in names
-        ]
-        try:
-            for process in started:
-                assert process.stdout is not None
-                assert process.stdout.readline() == b"ready\n", (folder / "log").read_text()
-            yield
-        finally:
-            for process in started:
-                assert process.stdin is not None
-                process.stdin.close()
-            for process in started:
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
 @contextlib.asynccontextmanager
 async def carrier_to(topology: Topology) -> AsyncIterator[DirectCarrier]:
-    carrier = DirectCarrier(bytes.fromhex(node_process.SECRET), host_id=host_id())
+    carrier = DirectCarrier(bytes.fromhex(SECRET), host_id=host_id())
     carrier.update(topology.addresses)
     try:
         yield carrier
@@ -150,7 +116,7 @@ class Storm:
             if isinstance(answer, Pages):
                 assert answer.outcomes[0] in (OK, UNAVAILABLE)
                 self.outcomes[f"read {answer.outcomes[0]}"] += 1
-                assert answer.outcomes[0] != OK or set(answer.values) == {VALUE}
+                assert answer.outcomes[0] != OK or {item.value for item in answer.items[0]} == {VALUE}
 
     async def call(self, carrier: DirectCarrier, node: str, message: Message) -> Message | None:
         """The answer; None when there is none, or when it is a refusal, which must say when to come back."""
@@ -188,10 +154,9 @@ class Client:
         for start in range(0, len(timelines), 100):
             queries = [ItemQuery(timeline, item_key(1)) for timeline in timelines[start : start + 100]]
             found += (await drive(read_items(self.view, ItemQueries.of(queries), 10), self.carrier)).rows()
-        assert all(isinstance(result, ItemResult) for result in found), [f for f in found if not hasattr(f, "found")][
-            :1
-        ]
-        return [timeline for timeline, result in zip(timelines, found, strict=True) if result.value != VALUE]
+        assert all(isinstance(result, ItemResult) for result in found), [f for f in found if not hasattr(f, "item")][:1]
+        values = values_of(result.item for result in found)
+        return [timeline for timeline, value in zip(timelines, values, strict=True) if value != VALUE]
 
     async def latency_s(self) -> float:
         """Median of a few writes and reads, one after the other."""
@@ -213,7 +178,7 @@ class Client:
 
 def test_ten_times_what_nodes_can_hold_is_refused_with_a_hint_and_does_no_harm() -> None:
     async def body(folder: Path) -> None:
-        topology = node_process.topology_in(folder, CONFIG)
+        topology = topology_in(folder, CONFIG)
         async with contextlib.AsyncExitStack() as stack:
             client = Client(topology, await stack.enter_async_context(carrier_to(topology)))
             await client.write(timeline_key(b"t", b"first", BUCKETS), [item_key(1)])
@@ -223,7 +188,7 @@ def test_ten_times_what_nodes_can_hold_is_refused_with_a_hint_and_does_no_harm()
             carriers = [await stack.enter_async_context(carrier_to(topology)) for _ in range(6)]
             storm = Storm(topology, carriers)
             await storm.run()
-            statuses = {node: await client.status(node) for node in topology.addresses}
+            statuses = {node: await client.status(node) for node in [*storm.storage, storm.cache]}
             report = {node: (status["peak_mb"], status["budget_mb"]) for node, status in statuses.items()}
             print(f"{storm.requests} writes offered, outcomes {dict(storm.outcomes)}, (peak, budget) MiB: {report}")
             assert all(peak <= budget for peak, budget in report.values()), report
@@ -236,7 +201,8 @@ def test_ten_times_what_nodes_can_hold_is_refused_with_a_hint_and_does_no_harm()
                 assert time.monotonic() < deadline, f"a write and a read took {calm_s:.3f} s, now {after_s:.3f} s"
             assert all(status["state"] in ("voting", "serving") for status in statuses.values())
 
-    with tempfile.TemporaryDirectory(prefix="tt") as folder:  # paths of Unix sockets must be short
-        names = ["storage-0-0", "storage-0-1", "storage-0-2", "cache-0-0"]
-        with nodes(Path(folder), names):
-            asyncio.run(asyncio.wait_for(body(Path(folder)), 120))
+    with (
+        tempfile.TemporaryDirectory(prefix="tt") as folder,  # paths of Unix sockets must be short
+        NodeProcesses(Path(folder), CONFIG, tiers=("storage", "cache")),
+    ):
+        asyncio.run(asyncio.wait_for(body(Path(folder)), 120))

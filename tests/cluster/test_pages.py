@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from read_answers import keys_of, values_of
 from timetier.cluster.keys import MIN_TIMESTAMP, item_key, timestamp_floor
 from timetier.cluster.memory.pages import Page, Rows, merge
 from timetier.cluster.messages import DELETE, PUT, WIPE
@@ -77,16 +78,18 @@ def page_of(log: list[Entry], low: bytes, high: bytes = b"", horizon: int = MIN_
 def assert_page_is(page: Page, log: list[Entry], horizon: int = MIN_TIMESTAMP) -> None:
     truth = {k: v for k, v in model(log, horizon).items() if page.contains(k)}
     assert page.keys == sorted(truth)
-    assert page.values == [truth[k][0] for k in page.keys]
-    assert page.versions.tolist() == [truth[k][1] for k in page.keys]
-    assert page.written.tolist() == [1000 + truth[k][1] for k in page.keys]
+    items = page.unpacked()
+    assert keys_of(items) == page.keys
+    assert [(item.value, item.version) for item in items] == [truth[k] for k in page.keys]
+    assert [item.written_us for item in items] == [1000 + truth[k][1] for k in page.keys]
+    assert [page.packed_item(at) for at in range(len(items))] == [page.find(k) for k in page.keys]
 
 
 def test_items_that_are_written_in_the_entry_of_a_wipe_survive_it() -> None:
     page = page_of([Entry(PUT, 5, b"old"), Entry(PUT, 7, b"old")], item_key(6))
     delta = Rows([b"", item_key(7), item_key(2)], bytes((WIPE, PUT, PUT)), [b"", b"a", b"b"], [3, 3, 4], [0, 0, 0])
     moved = page.apply(delta, version=4, wiped=2, horizon=MIN_TIMESTAMP)
-    assert (moved.keys, moved.values, moved.low) == ([item_key(2), item_key(7)], [b"b", b"a"], b"")
+    assert (moved.keys, values_of(moved.unpacked()), moved.low) == ([item_key(2), item_key(7)], [b"b", b"a"], b"")
 
 
 LOWS = st.one_of(st.just(b""), st.integers(-3, 12).map(item_key))
@@ -98,12 +101,12 @@ def test_a_page_after_a_delta_is_the_page_of_the_later_version(
 ) -> None:
     page, log = page_of(before, low), before + after
     delta = rows_of_log(log, len(before) + 1)
-    snapshot = (page.version, list(page.keys), list(page.values), page.versions.tolist())
+    snapshot = (page.version, list(page.keys), page.unpacked())
     moved = page.apply(delta, version=len(log), wiped=wiped_of(log), horizon=MIN_TIMESTAMP)
     assert moved.version == len(log)
     assert_page_is(moved, log)
     assert moved.low == (b"" if wiped_of(log) >= len(before) else low), "after a wipe it reaches the oldest item"
-    assert snapshot == (page.version, page.keys, page.values, page.versions.tolist()), "a page never changes"
+    assert snapshot == (page.version, page.keys, page.unpacked()), "a page never changes"
 
 
 @given(LOGS, LOGS, LOWS, st.integers(-4, 13))
@@ -132,9 +135,8 @@ def test_a_slice_is_exact_or_refused(log: list[Entry], low: bytes, limit: int, b
         known = [key for key in truth if key >= low]
         assert len(known) < limit and low, "refused although the page knows the answer"
         return
-    assert got.keys == truth[:limit]
-    assert got.values == [items[k][0] for k in got.keys]
-    assert got.versions.tolist() == [items[k][1] for k in got.keys]
+    assert keys_of(got.unpacked()) == truth[:limit]
+    assert [(item.value, item.version) for item in got.unpacked()] == [items[k] for k in truth[:limit]]
     assert got.more or len(truth) <= limit, "older items exist, but the slice says there are none"
 
 
@@ -144,9 +146,12 @@ def test_a_slice_cut_by_bytes_says_that_more_exists(log: list[Entry], max_bytes:
     got = page.newest(100, b"", max_bytes)
     assert got is not None
     truth = sorted(model(log), reverse=True)
-    assert got.keys == truth[: len(got.keys)]
-    if len(got.keys) < len(truth):
-        assert got.more and got.keys
+    assert keys_of(got.unpacked()) == truth[: got.count]
+    assert len(got.packed) <= max_bytes or got.count == 1
+    if got.count < len(truth):
+        assert got.more and got.count
+        rest = len(page.keys) - got.count - 1
+        assert len(got.packed) + len(page.packed_item(rest)) > max_bytes, "there was room for one more"
 
 
 @given(LOGS, st.integers(-3, 12), st.integers(-3, 12))
@@ -216,7 +221,6 @@ def test_nbytes_is_the_memory_that_a_page_occupies(items: int, value_bytes: int)
         rows.versions.append(n + 1000)
         rows.written.append(1_700_000_000_000_000 + n)
     page = Page.of(rows, version=5000, low=b"", high=b"", horizon=MIN_TIMESTAMP)
-    columns = (page.keys, page.values, page.versions, page.written)
-    true_bytes = sys.getsizeof(page) + sum(map(sys.getsizeof, columns))
-    true_bytes += sum(map(sys.getsizeof, page.keys)) + sum(map(sys.getsizeof, page.values))
+    columns = (page.keys, page.packed, page.starts)
+    true_bytes = sys.getsizeof(page) + sum(map(sys.getsizeof, columns)) + sum(map(sys.getsizeof, page.keys))
     assert abs(page.nbytes - true_bytes) < 0.15 * true_bytes + 300

@@ -6,11 +6,14 @@ import random
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
+from read_answers import keys_of, values_of
 from reader_bench import Bench, T
-from storage_model import DEAD, PAUSED, UP, WINDOW, World, key_of
+from storage_model import DEAD, PAUSED, UP, WINDOW, World, key_of, topology
+from timetier.cluster.carriers.base import Address
 from timetier.cluster.errors import Corrupt, Unavailable
-from timetier.cluster.keys import item_key, split_item_key
+from timetier.cluster.keys import item_key
 from timetier.cluster.memory.requests import ItemAnswer, PageAnswer, Read
 from timetier.cluster.memory.steps import Step
 from timetier.cluster.messages import (
@@ -25,6 +28,7 @@ from timetier.cluster.messages import (
     Settle,
     unpack_u32,
 )
+from timetier.cluster.routing import Routing
 
 
 def assert_true(world: World, read: Read, floor: int) -> None:
@@ -34,17 +38,18 @@ def assert_true(world: World, read: Read, floor: int) -> None:
     assert floor <= answer.version <= len(world.log(read.timeline)), f"{answer.version} but {floor} was chosen"
     items = world.items(read.timeline, answer.version)
     if isinstance(answer, ItemAnswer):
-        assert answer.found == (read.key in items)
-        if answer.found:
-            assert (answer.value, answer.item_version) == items[read.key]
-            assert answer.written == 1000 + answer.item_version
+        item = answer.item
+        assert (item is not None) == (read.key in items)
+        if item is not None:
+            assert (item.value, item.version) == items[read.key]
+            assert item.written_us == 1000 + item.version
         return
-    got = answer.items
+    got = answer.items.unpacked()
     truth = [key for key in sorted(items, reverse=True) if not read.key or key < read.key]
-    assert got.keys == truth[: read.limit]
-    assert list(zip(got.values, got.versions, strict=True)) == [items[key] for key in got.keys]
-    assert got.written.tolist() == [1000 + version for version in got.versions]
-    assert got.more or len(truth) <= read.limit
+    assert keys_of(got) == truth[: read.limit]
+    assert [(item.value, item.version) for item in got] == [items[key] for key in keys_of(got)]
+    assert [item.written_us for item in got] == [1000 + item.version for item in got]
+    assert answer.items.more or len(truth) <= read.limit
 
 
 # ---------------------------------------------------------------- linearizability
@@ -161,7 +166,8 @@ def test_a_hot_timeline_costs_its_new_items_and_an_unchanged_one_none() -> None:
     assert bench.page().version == 20
     bench.world.put(T, 99, b"new")
     page = bench.page()
-    assert (page.version, page.items.keys[0], page.items.values[0]) == (21, item_key(99), b"new")
+    newest = page.items.unpacked()[0]
+    assert (page.version, newest.timestamp, newest.value) == (21, 99, b"new")
     assert counts == [0, 1]
     assert bench.reader.counters.totals["hits"] == 2 and bench.reader.counters.totals["deltas"] == 1
 
@@ -174,8 +180,8 @@ def test_a_cached_page_is_never_served_without_proof(budget_bytes: int) -> None:
     second, third = bench.order()[1:]
     # The next write is known to the two replicas of lowest priority only.
     bench.world.put(T, 1, b"new", learners=(second, third))
-    assert bench.page().items.values == [b"new"]
-    assert bench.item(1).value == b"new"
+    assert values_of(bench.page().items.unpacked()) == [b"new"]
+    assert values_of([bench.item(1).item]) == [b"new"]
     for replica in bench.world.replicas:
         replica.state = DEAD
     read = bench.page_read()
@@ -232,7 +238,7 @@ def test_a_group_of_one_replica_answers_alone_open_entries_included() -> None:
     assert bench.page().version == 1
     bench.world.put(T, 2, learners=())
     page = bench.page()
-    assert page.version == 2 and page.items.keys == [item_key(2), item_key(1)]
+    assert page.version == 2 and keys_of(page.items.unpacked()) == [item_key(2), item_key(1)]
     assert bench.sent(Settle) == []
 
 
@@ -245,7 +251,7 @@ def test_an_entry_that_a_majority_accepted_at_one_ballot_is_read_without_settlin
     for learners in ((), (third,)):
         version = bench.world.put(T, 5, b"v%d" % len(learners), learners=learners)
         page = bench.page()
-        assert page.version == version and page.items.values == [b"v%d" % len(learners)]
+        assert page.version == version and values_of(page.items.unpacked()) == [b"v%d" % len(learners)]
     assert bench.sent(Settle) == []
 
 
@@ -298,7 +304,7 @@ def test_data_of_a_replica_that_is_behind_is_not_used() -> None:
     for learners in ((second, third), (third,), (second,)):
         version = bench.world.put(T, 1, b"b%d" % len(bench.world.log(T)), learners=learners)
         assert bench.page().version == version
-        assert bench.item(1).value == bench.world.log(T)[-1][0][2]
+        assert values_of([bench.item(1).item]) == [bench.world.log(T)[-1][0][2]]
 
 
 # ---------------------------------------------------------------- what is kept
@@ -311,7 +317,7 @@ def test_a_page_that_deletes_made_too_short_is_refilled() -> None:
     bench.page(limit=8)
     bench.world.write(T, [(DELETE, item_key(t), b"") for t in range(30, 40)])
     page = bench.page(limit=8)
-    assert [split_item_key(key)[0] for key in page.items.keys] == list(range(29, 21, -1))
+    assert [item.timestamp for item in page.items.unpacked()] == list(range(29, 21, -1))
     bench.world.sent.clear()
     assert bench.start(bench.page_read(limit=8)) == [], "and it is kept"
 
@@ -326,14 +332,14 @@ def test_a_wiped_timeline_is_empty_at_once_and_for_all_pages() -> None:
     bench.page(limit=20)
     bench.world.write(T, [(WIPE, b"", b"")])
     page = bench.page(limit=20)
-    assert page.items.keys == [] and not page.items.more
-    assert not bench.item(3).found
+    assert page.items.count == 0 and not page.items.more
+    assert bench.item(3).item is None
     bench.world.put(T, 3, b"later")
-    assert bench.item(3).value == b"later"
+    assert values_of([bench.item(3).item]) == [b"later"]
     fresh = Bench(budget_bytes=0)
     fresh.world = bench.world
     fresh.reader._clock = lambda: bench.world.now
-    assert fresh.page(limit=20).items.values == [b"later"]
+    assert values_of(fresh.page(limit=20).items.unpacked()) == [b"later"]
 
 
 def test_single_items_of_a_timeline_fetch_its_page_when_it_is_asked_for_again() -> None:
@@ -358,9 +364,10 @@ def test_expired_items_are_not_returned_from_any_tier() -> None:
     bench.page(limit=4)
     bench.world.horizon = 15
     page = bench.page(limit=100)
-    assert [split_item_key(key)[0] for key in page.items.keys] == list(range(29, 14, -1))
+    assert [item.timestamp for item in page.items.unpacked()] == list(range(29, 14, -1))
     assert not page.items.more
-    assert bench.item(15).found and not bench.item(14).found and not bench.item(3).found
+    assert bench.item(15).item is not None
+    assert bench.item(14).item is None and bench.item(3).item is None
 
 
 def test_paging_through_all_tiers_gives_every_item_once() -> None:
@@ -378,9 +385,10 @@ def test_paging_through_all_tiers_gives_every_item_once() -> None:
         before, more = b"", True
         while more:
             page = bench.page(limit=7, before=before)
-            seen += [(split_item_key(k)[0], v) for k, v in zip(page.items.keys, page.items.values, strict=True)]
+            items = page.items.unpacked()
+            seen += [(item.timestamp, item.value) for item in items]
             more = page.items.more
-            before = page.items.keys[-1] if page.items.keys else before
+            before = keys_of(items)[-1] if items else before
         expected = {t: b"%d" % t for t in range(60) if t != 7} | {13: b"late"}
         assert seen == sorted(expected.items(), reverse=True)
 
@@ -393,7 +401,7 @@ def test_an_answer_is_cut_by_bytes_and_says_that_there_is_more() -> None:
     read.max_bytes = 3500
     bench.run(read)
     assert isinstance(read.answer, PageAnswer)
-    assert len(read.answer.items.keys) == 3 and read.answer.items.more
+    assert read.answer.items.count == 3 and read.answer.items.more
 
 
 # ---------------------------------------------------------------- cold blocks
@@ -418,9 +426,9 @@ def test_a_flipped_bit_is_noticed_and_the_right_bytes_come_from_the_next_replica
         offset = bench.world.windows[T][0].refs[0].offset
         bad.files[file][offset + 100] ^= 1
         bad.lies = lies
-        assert bench.item(4).value == b"4"
+        assert values_of([bench.item(4).item]) == [b"4"]
         page = bench.page(limit=10)
-        assert [split_item_key(key)[0] for key in page.items.keys] == list(range(9, -1, -1))
+        assert [item.timestamp for item in page.items.unpacked()] == list(range(9, -1, -1))
         if bench.world.sent and bench.sent(BlockRead)[0] == bad.name:
             assert bench.reader.counters.totals["crc_failures"] == 1
 
@@ -431,7 +439,22 @@ def test_a_cold_node_that_is_away_is_passed_over(state: str) -> None:
         bench = Bench()
         sunk(bench)
         bench.world.cold[position].state = state
-        assert bench.item(4).value == b"4"
+        assert values_of([bench.item(4).item]) == [b"4"]
+
+
+def test_a_read_from_cold_blocks_waits_once_for_a_machine_that_has_a_replica_and_the_first_cold_node() -> None:
+    """Else a machine that is cut off costs it an attempt in each tier, which is more than its caller waits."""
+    shape = topology()
+    for position in range(3):
+        bench = Bench()
+        sunk(bench)
+        hosts = {name: f"machine {name[-1]}" for name in shape.node_names()}
+        addresses = {name: Address(name, host=host) for name, host in hosts.items()}
+        bench.reader.update(Routing(msgspec.structs.replace(shape, epoch=2, addresses=addresses)))
+        bench.world.replicas[position].state = bench.world.cold[position].state = PAUSED
+        began = bench.world.now
+        assert values_of([bench.item(4).item]) == [b"4"]
+        assert bench.world.now - began < 1.5 * bench.reader.settings.attempt_timeout_s
 
 
 def test_a_block_that_is_damaged_everywhere_is_an_error_that_names_it_and_spares_other_reads() -> None:
@@ -445,8 +468,8 @@ def test_a_block_that_is_damaged_everywhere_is_an_error_that_names_it_and_spares
     bench.run(damaged, good, page)
     assert isinstance(damaged.answer, Corrupt)
     assert ref.file in str(damaged.answer) and str(ref.offset) in str(damaged.answer)
-    assert isinstance(good.answer, ItemAnswer) and good.answer.value == b"hot"
-    assert isinstance(page.answer, PageAnswer) and page.answer.items.values == [b"hot"]
+    assert isinstance(good.answer, ItemAnswer) and values_of([good.answer.item]) == [b"hot"]
+    assert isinstance(page.answer, PageAnswer) and values_of(page.answer.items.unpacked()) == [b"hot"]
 
 
 def test_a_link_whose_file_a_later_generation_replaced_starts_the_read_over() -> None:
@@ -570,7 +593,7 @@ def test_an_answer_that_does_not_fit_its_question_counts_as_none(spoil: Callable
         return reply
 
     bench.world.answer = spoilt  # type: ignore[method-assign]
-    assert bench.page().items.values == [b"x"]
+    assert values_of(bench.page().items.unpacked()) == [b"x"]
     assert bench.reader.counters.totals["bad_answers"] >= 1
 
 

@@ -201,7 +201,7 @@ def test_a_learner_asks_anew_for_an_entry_that_its_peer_has_forgotten_to_be_chos
 def test_a_learner_that_can_be_compared_with_no_peer_has_the_last_entry_settled() -> None:
     """It was sent a state as of entry 21, which r0 and r1 do not know to be chosen, and has nothing as of entry 20."""
     interpreter = Interpreter()
-    play(interpreter, FORGETS + "deliver r2->r0 Fetch\ndrop r0->r1\ndeliver r0->r2" + RESTART)
+    play(interpreter, FORGETS + "deliver r2->r0 Fetch\ndeliver r0->r2" + RESTART)
     said = play(interpreter, "state alice")
     assert "r0 r1: chosen 20 at 0.r0.i1.b1, accepted [v]" in said
     assert "r2: learning, chosen 21 at 0.r0.i1.b1, floor 21" in said

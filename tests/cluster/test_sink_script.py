@@ -188,6 +188,38 @@ def test_a_run_sinks_what_is_old_evicts_it_and_everything_is_still_found(tmp_pat
     with_world(tmp_path, body)
 
 
+def recorded(script: Script[SinkReport], rests_s: list[float]) -> Script[SinkReport]:
+    """The script, whose pauses are noted and not made."""
+    effect = next(script)
+    while True:
+        if isinstance(effect, Sleep):
+            rests_s.append(effect.seconds)
+        try:
+            effect = script.send(0.0 if isinstance(effect, Sleep) else (yield effect))
+        except StopIteration as stop:
+            report: SinkReport = stop.value
+            return report
+
+
+def test_the_sink_rests_in_proportion_to_what_its_steps_took(tmp_path: Path) -> None:
+    async def body(world: World) -> None:
+        for factor in (0.0, 3.0):
+            world.load(4, 40, start=int(200 * factor))
+            rests_s: list[float] = []
+            carrier = world.network.carrier("sink")
+            report = await drive(recorded(world.script(settings=replace(SETTINGS, rest=factor)), rests_s), carrier)
+            assert (report.errors, report.rows) == ([], 160)
+            if not factor:
+                assert rests_s == []
+            else:
+                assert len(rests_s) > 3 * report.files, "after each piece of each copy, and after scans"
+                steps = [rest_s / (factor * 1e-4) for rest_s in rests_s]  # the clock of `view_of` moves when looked at
+                assert all(step > 0.5 and abs(step - round(step)) < 1e-6 for step in steps)
+        world.check()
+
+    with_world(tmp_path, body)
+
+
 def test_two_storage_and_cold_groups_each_get_their_own(tmp_path: Path) -> None:
     async def body(world: World) -> None:
         world.load(20, 5)

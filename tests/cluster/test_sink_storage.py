@@ -6,14 +6,14 @@ import asyncio
 from pathlib import Path
 from random import Random
 
-from storage_cluster import POLICY, StorageCluster, wait_for
-from timetier.cluster.client.scripts import PageQuery, PageResult, WriteRequest, read_pages, write
+from read_answers import keys_of
+from storage_cluster import POLICY, StorageCluster, start_cold_group, wait_for
+from timetier.cluster.client.scripts import PageQueries, PageQuery, PageResult, WriteRequest, read_pages, write
 from timetier.cluster.client.view import View
 from timetier.cluster.cold.service import ColdService
 from timetier.cluster.cold.sink_calls import SinkSettings, read_links
 from timetier.cluster.cold.sink_script import SinkReport, TableSink, sink
 from timetier.cluster.cold.sinking import chosen_cut_offs
-from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
 from timetier.cluster.keys import item_key, timeline_key
 from timetier.cluster.messages import DELETE, PUT
@@ -34,22 +34,7 @@ class Tiers:
         self.expected: dict[bytes, dict[bytes, bytes]] = {owner: {} for owner in OWNERS}
 
     async def start_cold(self, folder: Path) -> None:
-        for replica in range(3):
-            name = f"cold-0-{replica}"
-            node = ColdService(
-                name,
-                0,
-                replica,
-                folder / name,
-                self.storage.topology,
-                self.storage.network.carrier(name),
-                disks=1,
-                read_threads=1,
-                counters=Counters(),
-            )
-            await node.start()
-            self.storage.network.register(name, node.handle)
-            self.cold.append(node)
+        self.cold = await start_cold_group(self.storage, folder)
 
     def key(self, owner: bytes) -> bytes:
         return timeline_key(b"t", owner, self.storage.topology.buckets)
@@ -72,10 +57,11 @@ class Tiers:
             before, more = b"", True
             while more:
                 query = PageQuery(self.key(owner), before, 7)
-                (page,) = await drive(read_pages(self.view, [query], 10), self.storage.client)
+                (page,) = (await drive(read_pages(self.view, PageQueries.of([query]), 10), self.storage.client)).rows()
                 assert isinstance(page, PageResult), page
-                found.update(zip(page.keys, page.values, strict=True))
-                before, more = (page.keys[-1] if page.keys else b""), page.more
+                keys = keys_of(page.items)
+                found.update(zip(keys, [item.value for item in page.items], strict=True))
+                before, more = (keys[-1] if keys else b""), page.more
             assert found == expected, owner
 
     async def sink(self, before: int, run: str) -> SinkReport:

@@ -77,6 +77,11 @@ BUGS = [
         plans="restarts",
     ),
     _bug(
+        "flush in place left out",
+        "what waits for the disk goes on when it was flushed, by whomever",
+        ("storage.flusher:Flusher._flush_in_place", "sync()\n", "pass\n"),
+    ),
+    _bug(
         "promise not written",
         "a promise is durable before it is given",
         ("paxos.acceptor:Acceptor.promise", "self.core.mark(timeline)", ""),
@@ -129,7 +134,7 @@ BUGS = [
     _bug(
         "version cache ahead of the engine",
         "a version is clean in the cache when all of it is on disk",
-        ("paxos.versions:Versions.flush", "elif timeline.dirty > self._durable:", "elif False:"),
+        ("paxos.versions:Versions.flush", "elif timeline.dirty > durable:", "elif False:"),
     ),
     _bug(
         "version cache behind the engine",
@@ -370,7 +375,11 @@ BUGS = [
     _bug(
         "delta without deletes",
         "a delta holds tombstones",
-        ("memory.pages:Page._apply_rows", "if present:\n                del", "if not present:\n                del"),
+        (
+            "memory.pages:Page._changed",
+            'changes = dict.fromkeys(last, b"")',
+            'changes = {key: b"" for key, at in last.items() if delta.kinds[at] == PUT}',
+        ),
     ),
     _bug(
         "accepted rows shown",
@@ -396,6 +405,7 @@ BUGS = [
         "page ends at the border of the tiers",
         "a page has a token as long as there are older items",
         ("memory.pages:Page.newest", "cut > 0 or bool(self.low)", "cut > 0"),
+        ("memory.columns:PageGlance._plain_answer", 'more.append(page.low != b"")', "more.append(0)"),
         plans="sinks",
     ),
     _bug(

@@ -87,10 +87,12 @@ class _Crashing(VersionCache):
     def _tear(self, rows: Ints) -> None:
         """What a crash leaves in the middle of a move: digests that have moved on, and versions that have not."""
         self._sequence[rows] += np.uint64(1)
-        whole = self._low[rows]
-        self._low[rows] = np.roll(whole, 1, axis=1)
+        low, high = self._low[rows], self._high[rows]
+        self._low[rows] = np.roll(low, 1, axis=1)
+        if self._random.random() < 0.5:  # else it ends between the two halves
+            self._high[rows] = np.roll(high, 1, axis=1)
         self._point("move versions")
-        self._low[rows] = whole
+        self._low[rows], self._high[rows] = low, high
         self._sequence[rows] -= np.uint64(1)
 
 

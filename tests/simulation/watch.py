@@ -170,9 +170,7 @@ class Watch:
         self.checked_pages += 1
         items = self.truth.of(timeline).items(page.version)
         wanted = {key: (row.version, row.value) for key, row in items.items() if page.contains(key)}
-        found = {
-            key: (version, value) for key, version, value in zip(page.keys, page.versions, page.values, strict=True)
-        }
+        found = {key: (item.version, item.value) for key, item in zip(page.keys, page.unpacked(), strict=True)}
         if found != wanted:
             self._report(
                 "cached pages are true",
