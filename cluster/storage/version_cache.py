@@ -224,13 +224,6 @@ class VersionCache:
             asked = asked.at(np.flatnonzero(asked.there & (asked.ways > 0)))
             ways, versions = asked.ways, self._flat_versions.take(asked.places)
         else:
-            first = asked.there & (asked.ways == 0)
-            self._flat_versions[asked.places[first]] = versions[first]  # nothing moves, and no store is torn
-            if first.all():
-                return
-            if first.any():
-                rest = np.flatnonzero(~first)
-                asked, versions = asked.at(rest), versions[rest]
             known = self._flat_low.take(asked.places) == asked.low
             ways = np.where(known, asked.ways, WAYS - 1)
             self.entries += int(np.count_nonzero(self._low[asked.rows, ways] == 0))
