@@ -31,7 +31,7 @@ from typing import Any
 
 from .durable_file import TEMPORARY_SUFFIX, make_folder_durably, write_durably
 from .errors import TimeTierError
-from .paxos.replica import PAST_LIVES
+from .paxos.lives import PAST_LIVES
 
 FORMAT = 2
 TOKEN_BITS = 20

@@ -19,10 +19,11 @@ from interaction_text import BUCKETS, ballot_text, id_text, life_text, message_t
 from memory_engine import MemoryEngine
 from timetier.cluster.counters import Counters
 from timetier.cluster.messages import NO_BALLOT, Accepts, Life, Message, PeerBatch, PeerMessage, decode, encode
-from timetier.cluster.paxos.core import Settings, Timeline
+from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.flights import singles
 from timetier.cluster.paxos.replica import FENCED, JOIN_S, JOINING, VOTING, Replica
 from timetier.cluster.paxos.rows import log_entry, log_key
+from timetier.cluster.paxos.timeline import Timeline
 
 MAX_ROUNDS = 1_000  # of `stabilize`: a group that does not come to rest is an error
 

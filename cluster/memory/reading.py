@@ -25,7 +25,7 @@ from ..cold.block_cache import BlockCache
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, ProtocolError, Unavailable
-from ..keys import bucket_of, digest_seed, priority_index, timeline_digest
+from ..keys import digest_seed, priority_index, timeline_digest
 from ..messages import (
     OK,
     AskVersions,
@@ -47,6 +47,7 @@ from .hot_cold import StartOver
 from .incarnations import Incarnations
 from .page_cache import PageCache
 from .pages import Page
+from .planning import Planner
 from .requests import Outgoing, Read, Slot, take_checked, take_versions
 from .steps import Job, ReaderSettings, ReadScript, Step
 from .votes import PROVEN, SHORT, Verdict
@@ -77,6 +78,7 @@ class Reader:
         self.suspicion = Suspicion(clock, first_s=self.settings.suspect_s, longest_s=self.settings.suspect_max_s)
         self.suspicion.know(routing.topology)
         self._routing = routing
+        self._planner = Planner(routing, self.suspicion)
         self._digest_seed = digest_seed(routing.topology.secret)
         self._clock = clock
         self._random = random
@@ -103,6 +105,7 @@ class Reader:
         """Go by another map from the next batch on."""
         self._routing = routing
         self._digest_seed = digest_seed(routing.topology.secret)
+        self._planner.routing = routing
         self._block_reader.routing = routing
         self.suspicion.know(routing.topology)
 
@@ -141,11 +144,10 @@ class Reader:
 
     def _slot(self, timeline: bytes, page: Page | None, reads: list[Read], *, warm: bool = False) -> Slot:
         """A timeline at the start of a strong read."""
-        slot = Slot(timeline, self.suspicion.last(self._routing.storage_order(timeline)), page, reads)
+        slot = Slot(timeline, self._planner.order(timeline), page, reads)
         slot.generation = self._incarnations.generation
         slot.plan_rows(self.settings.page_items, fetch_page=warm)
-        slot.check_at = slot.order[0]
-        slot.ask_at = slot.order[1 : len(slot.order) // 2 + 1]
+        self._planner.plan_first(slot)
         return slot
 
     def _round(self, slots: list[Slot]) -> ReadScript:
@@ -185,14 +187,10 @@ class Reader:
         if unsettled:
             self._go_on(unsettled, step)
         if self.suspicion:
-            urgent = any(map(self._lacks_nodes, slots))
+            urgent = any(map(self._planner.lacks_nodes, slots))
             for node, question in self.suspicion.due(urgent=urgent):
                 step.then.append(Job(self._probe(node, question, urgent=urgent), []))
         return step
-
-    def _lacks_nodes(self, slot: Slot) -> bool:
-        """Whether too few replicas are trusted to make a majority."""
-        return sum(node not in self.suspicion for node in slot.order) <= len(slot.order) // 2
 
     def _timeout_s(self, slots: list[Slot]) -> float:
         rounds = max(slot.rounds for slot in slots)
@@ -219,7 +217,7 @@ class Reader:
             self.counters.add("bad_answers")
             return
         if node in self.suspicion:
-            self.suspicion.trust(node, at_once=any(map(self._lacks_nodes, slots)))
+            self.suspicion.trust(node, at_once=any(map(self._planner.lacks_nodes, slots)))
 
     def _note_failure(self, node: str, slots: list[Slot], reply: Message | CallFailed) -> None:
         if isinstance(reply, Failure) and reply.kind == "TooLarge":
@@ -270,7 +268,7 @@ class Reader:
                 continue
             slot.rounds += 1
             verdict = self._verdict(slot)
-            if self._plan_round(slot, verdict):
+            if self._planner.plan_next(slot, verdict):
                 if slot.alone:
                     step.then.append(Job(self._round([slot]), slot.reads, heavy=True))
                 else:
@@ -300,82 +298,25 @@ class Reader:
         self._fail([read for read in reads if read.deadline <= now], Unavailable(why), step)
         return [read for read in reads if read.deadline > now]
 
-    def _plan_round(self, slot: Slot, verdict: Verdict) -> bool:
-        """Whom to ask at once to get on. False if all that has been done."""
-        slot.known, slot.check_at, slot.ask_at = None, None, []
-        reachable = self._reachable(slot)
-        unasked = [node for node in reachable if node not in slot.votes.answers]
-        if verdict.state == PROVEN:
-            self._plan_data(slot, verdict, reachable)
-        elif verdict.state == SHORT:
-            unasked = unasked[: len(slot.order) // 2 + 1 - len(slot.votes.answers)]
-            if unasked and slot.data is None:
-                slot.check_at = unasked.pop(0)
-            slot.ask_at = unasked
-        elif slot.rounds == 1 and reachable:
-            owner = self._owner(slot, verdict)
-            if owner in reachable:
-                slot.check_at = owner  # it may know by now that the entry was chosen; then it has the data too
-            elif slot.data is None:
-                slot.check_at = reachable[0]
-            slot.ask_at = [node for node in unasked if node != slot.check_at]
-        return slot.check_at is not None or bool(slot.ask_at)
-
-    @staticmethod
-    def _plan_data(slot: Slot, verdict: Verdict, reachable: list[str]) -> None:
-        """Ask a replica that has applied the proven version, or can apply it by the proof; each of them once."""
-        for node in reachable:
-            if node in verdict.nodes and (node, verdict.version) not in slot.tried:
-                slot.tried.add((node, verdict.version))
-                slot.check_at = node
-                if verdict.ballot is not None:
-                    slot.known = (verdict.version, verdict.ballot)
-                return
-
-    def _owner(self, slot: Slot, verdict: Verdict) -> str | None:
-        """Node of the replica that made the ballot of an open entry."""
-        if verdict.ballot is None or verdict.ballot[1][0] < 0:
-            return None
-        group = self._routing.storage_group_of(bucket_of(slot.timeline))
-        return self._routing.topology.storage_node(group, verdict.ballot[1][0])
-
-    def _reachable(self, slot: Slot) -> list[str]:
-        """Replicas worth asking, by priority: not failed; not suspected either, unless too few are left."""
-        able = [node for node in slot.order if node not in slot.failed]
-        trusted = [node for node in able if node not in self.suspicion]
-        return trusted if len(trusted) > len(slot.order) // 2 else able
-
     def _pause_s(self, repeats: int) -> float:
         """Random pause, with a bound that doubles."""
         bound_s = min(self.settings.back_off_s * (1 << min(repeats, 20)), self.settings.back_off_max_s)
         return bound_s * (0.5 + 0.5 * self._random.random())
 
     def _later(self, slots: list[Slot]) -> ReadScript:
-        """Ask everybody again after a pause, those too that failed if there are too few others."""
+        """Ask everybody again after a pause."""
         yield Sleep(self._pause_s(max(slot.rounds for slot in slots)))
         step = Step()
         ready = []
         for slot in slots:
             if self._expire(slot, step):
-                self._plan_all(slot)
+                self._planner.plan_all(slot, self._verdict(slot))
                 ready.append(slot)
         if ready:
             rest = yield from self._round(ready)
             step.done += rest.done
             step.then += rest.then
         return step
-
-    def _plan_all(self, slot: Slot) -> None:
-        """Ask everybody again."""
-        slot.known = None
-        slot.tried.clear()
-        reachable = self._reachable(slot)
-        if len(reachable) <= len(slot.order) // 2:
-            slot.failed.clear()
-            reachable = list(slot.order)
-        nodes = self._verdict(slot).nodes
-        slot.check_at = next((node for node in reachable if node in nodes), reachable[0])
-        slot.ask_at = [node for node in reachable if node != slot.check_at]
 
     def _settle(self, slot: Slot, entry: int) -> ReadScript:
         """Have one replica find out whether `entry` was chosen; one script at a time does so per timeline."""
@@ -393,16 +334,14 @@ class Reader:
         if self._verdict(slot).state == PROVEN and slot.data_version >= slot.proven >= 0:
             self._finish(slot, step)
             return step
-        self._plan_all(slot)
+        self._planner.plan_all(slot, self._verdict(slot))
         rest = yield from self._round([slot])
         step.done += rest.done
         step.then += rest.then
         return step
 
     def _settle_once(self, slot: Slot, entry: int) -> Script[None]:
-        reachable = self._reachable(slot) or slot.order
-        owner = self._owner(slot, self._verdict(slot))
-        node = owner if owner in reachable and slot.settles % 2 else reachable[slot.settles % len(reachable)]
+        node = self._planner.settler(slot, self._verdict(slot))
         left_s = max(read.deadline for read in slot.reads) - self._clock()
         timeout_s = max(0.001, min(self.settings.settle_timeout_s, left_s))
         self.counters.add("settles")
@@ -508,8 +447,7 @@ class Reader:
         again.restarts = slot.restarts + 1
         turn = again.restarts % len(again.order)
         again.order = again.order[turn:] + again.order[:turn]
-        again.check_at = again.order[0]
-        again.ask_at = again.order[1 : len(again.order) // 2 + 1]
+        self._planner.plan_first(again)
         step.then.append(Job(self._round([again]), reads))
 
     @staticmethod

@@ -10,8 +10,9 @@ engine between the first `add` and `close`, since a read commits what is pending
 from __future__ import annotations
 
 from ..messages import DELETE, PUT, Ballot
-from .core import Core, Timeline
+from .core import Core
 from .rows import AFTER_ID, VERSION_BYTES, VOTE, record_head, row_head
+from .timeline import Timeline
 
 
 class Acceptances:

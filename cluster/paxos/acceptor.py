@@ -32,7 +32,7 @@ from ..messages import (
     Promise,
     Value,
 )
-from .core import Core, Timeline, value_bytes
+from .core import Core, value_bytes
 from .rows import (
     VERSION_BYTES,
     chore_key,
@@ -45,6 +45,7 @@ from .rows import (
     row_key,
     rows_prefix,
 )
+from .timeline import Timeline
 from .versions import is_horizon
 
 FIRST_INCARNATION = 1

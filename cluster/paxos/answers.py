@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..messages import CONFLICT, OK, STALE, Settled, Written, pack_i64
-from .core import Core, Job, Timeline, Waiter
+from .core import Core
+from .timeline import Job, Timeline, Waiter
 
 NOBODY = -1  # token of a job that nobody waits for
 

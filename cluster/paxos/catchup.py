@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..keys import bucket_of, is_system, system_timeline
 from ..messages import NO_BALLOT, Accept, Entries, Fetch, Prepare, State
 from .acceptor import Acceptor
-from .core import MAX_ENTRY, Core, Incoming, Timeline
+from .core import MAX_ENTRY, Core
 from .rows import (
     chore_key,
     decode_record,
@@ -21,6 +21,7 @@ from .rows import (
     rows_prefix,
     version_of,
 )
+from .timeline import Incoming, Timeline
 
 TRANSFER_TAILS = 16  # times `log_keep_entries` and `log_keep_bytes`, that a tail may grow to during a transfer
 MAX_SENDING = 1_000

@@ -21,7 +21,7 @@ from ..errors import ProtocolError
 from ..keys import bucket_of, bucket_prefix, is_system, split_item_key, split_timeline, timeline_hash, timestamp_floor
 from ..messages import NO_BALLOT
 from .acceptor import Acceptor
-from .core import Core, Timeline
+from .core import Core
 from .links import LinkIndex
 from .rows import (
     VERSION_BYTES,
@@ -35,6 +35,7 @@ from .rows import (
     rows_prefix,
     version_of,
 )
+from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from typing import NamedTuple
 from ..errors import InvalidRequest
 from ..keys import bucket_of, bucket_prefix, is_system, split_item_key, split_timeline, system_timeline, timeline_hash
 from ..messages import AskDigests, Digests, pack_i64, unpack_i64
-from .core import Core, Timeline
+from .core import Core
 from .links import NO_LINKS, LinkIndex
 from .rows import VERSION_BYTES, decode_record, decode_row, log_entry, log_key, prefix_end, rows_prefix, version_of
 from .slices import Pinned, Slices, in_one_slice, until_it_holds
+from .timeline import Timeline
 
 DIGEST_BYTES = 16
 TIMELINES_PER_ANSWER = 100  # some 10 ms of work

@@ -44,8 +44,9 @@ from ..messages import (
 )
 from .acceptances import Acceptances
 from .acceptor import Acceptor
-from .core import FLIGHT, MAX_ENTRY, Core, Proposal, Timeline
+from .core import MAX_ENTRY, Core
 from .rows import SHORT_ITEM
+from .timeline import FLIGHT, Proposal, Timeline
 
 MAX_FLIGHTS = 1_024
 MAX_ENTRIES_KEPT = 50_000  # of flights that are decided, or that peers have sent: 5 MB

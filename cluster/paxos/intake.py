@@ -29,11 +29,12 @@ from ..messages import (
     unpack_u32,
 )
 from .acceptances import Acceptances
-from .core import ACCEPT, Core, Job, Proposal, Waiter
+from .core import Core
 from .flights import Leaving
 from .links import is_record
 from .proposer import Proposer
 from .rows import SHORT_ITEM
+from .timeline import ACCEPT, Job, Proposal, Waiter
 
 MAX_TIMEOUT_MS = 300_000
 MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2  # an Accept or a Promise with it fits in a frame, also beside a State's piece

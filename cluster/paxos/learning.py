@@ -26,8 +26,9 @@ from ..errors import ProtocolError
 from ..keys import bucket_of, bucket_prefix
 from ..messages import NO_BALLOT, AcceptedList, AskAccepted, Ballot, Value, pack_i64, unpack_i64
 from .acceptor import Acceptor
-from .core import Core, Timeline
+from .core import Core
 from .rows import LEARNING_KEY
+from .timeline import Timeline
 
 TIMELINES_PER_ANSWER = 500
 BYTES_PER_ANSWER = 4 << 20

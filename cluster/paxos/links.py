@@ -10,8 +10,9 @@ from ..cold.link import HORIZON_PREFIX, RECORDS_AT, Link, decode_link
 from ..errors import ProtocolError
 from ..keys import MIN_TIMESTAMP, split_item_key, system_timeline
 from ..messages import DELETE
-from .core import Core, Timeline
+from .core import Core
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
+from .timeline import Timeline
 
 BUCKETS_IN_MEMORY = 4096
 HORIZON_BYTES = 8

@@ -47,9 +47,10 @@ from ..messages import (
 )
 from ..storage.version_cache import DIRTY
 from .acceptor import Acceptor
-from .core import Core, Timeline
+from .core import Core
 from .links import NO_LINKS, LinkIndex, TableLinks
 from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefix_end, rows_prefix, version_of
+from .timeline import Timeline
 
 TIMESTAMP_BYTES = 8  # the least that an item key, or a bound between two, begins with
 MAX_LINKS = 64  # blocks that one answer names for one timeline

@@ -29,7 +29,6 @@ from ..errors import InvalidRequest, Unavailable
 from ..gate import overloaded
 from ..keys import is_system
 from ..messages import (
-    NO_BALLOT,
     NO_LIFE,
     Accept,
     Accepted,
@@ -42,7 +41,6 @@ from ..messages import (
     AskSame,
     AskTables,
     AskVersions,
-    Ballot,
     Check,
     Checked,
     Chosen,
@@ -73,24 +71,25 @@ from ..storage.version_cache import VersionCache
 from .acceptor import Acceptor
 from .catchup import CatchUp
 from .chores import Chores
-from .core import MAX_ENTRY, Core, Job, Settings, SettleWaiter, Timeline
+from .core import Core, Settings
 from .digests import DigestIndex
 from .flights import Arrivals
-from .flights import is_sound as flights_fit
 from .intake import MAX_TIMEOUT_MS, Intake
 from .learning import Learning
 from .links import LinkIndex
+from .lives import decode_life, encode_life, follows, is_of_past
+from .peer_messages import is_sound, parts_of
 from .proposer import Proposer
 from .reads import Reads
 from .rows import life_key
 from .scans import Scans
 from .slices import Slices
+from .timeline import Job, SettleWaiter, Timeline
 
 JOINING, VOTING, FENCED, LEARNING = "joining", "voting", "fenced", "learning"
 Question = Check | AskVersions | AskSame | AskChosen | AskChanged | AskTables | AskAccepted | AskDigests | Mend | Scan
 _FOR_LEARNERS = (Entries, State)
 _OF_FLIGHTS = (Accepts, AcceptedAll, ChosenAll, Unheard)
-PAST_LIVES = 64  # that a folder remembers; see `identity.py`
 HELLO_S = 0.2
 JOIN_S = 1.0  # how long a further peer is waited for, when one has confirmed this life
 
@@ -170,7 +169,7 @@ class Replica:
         for peer in self.core.peers:
             row = engine.get(life_key(peer))
             if row is not None:
-                self.core.lives[peer] = _decode_life(row)
+                self.core.lives[peer] = decode_life(row)
         self.chores.recover()
 
     # ---- requests
@@ -304,7 +303,7 @@ class Replica:
             )
             return
         known = self.core.lives.get(sender)
-        if known is not None and not _follows(batch, known):
+        if known is not None and not follows(batch, known):
             self.core.counters.add("outdated_lives_refused")
             self._hello_at = min(self._hello_at, now + HELLO_S)  # from which it learns that there was another life
             return
@@ -322,7 +321,7 @@ class Replica:
             if self.state == LEARNING and not isinstance(message, _FOR_LEARNERS):
                 continue
             try:
-                if not _is_sound(message):
+                if not is_sound(message):
                     raise InvalidRequest("its columns don't fit")
                 if isinstance(message, _OF_FLIGHTS):
                     self._peer_flight(now, sender, batch.life[1], message)
@@ -347,14 +346,14 @@ class Replica:
         mine = self.core.life
         if (incarnation, boot) > mine[1:]:
             return True
-        return incarnation == mine[1] and boot != mine[2] and not _is_of_past(boot, self.past)
+        return incarnation == mine[1] and boot != mine[2] and not is_of_past(boot, self.past)
 
     def _note_life(self, life: Life) -> None:
         """Write down the greatest life of a peer. Nothing leaves for it before that is durable."""
         if life[1] != self.core.lives.get(life[0], NO_LIFE)[1]:
             self.confirmed.discard(life[0])  # that was an incarnation which is no more
         self.core.lives[life[0]] = life
-        self.core.engine.put(life_key(life[0]), _encode_life(life))
+        self.core.engine.put(life_key(life[0]), encode_life(life))
         self._life_noted_in = self.core.engine.sequence
         self._hello = True  # it may wait for our confirmation
 
@@ -512,25 +511,11 @@ class Replica:
         # A learner has lost the lives that it knew, so its word confirms no other's.
         known = NO_LIFE if self.state == LEARNING else self.core.lives.get(peer, NO_LIFE)
         _, incarnation, boot = known
-        batches = self._parts(messages)
+        batches = parts_of(messages, self.core.settings.message_bytes)
         self.core.counters.add("peer_batches", len(batches))
         self.core.counters.add("peer_messages", len(messages))
         past = [] if peer in self.confirmed else self.past
         return [PeerBatch(self.core.life, incarnation, boot, batch, past) for batch in batches]
-
-    def _parts(self, messages: list[PeerMessage]) -> list[list[PeerMessage]]:
-        if len(messages) == 1:
-            return [messages]
-        parts: list[list[PeerMessage]] = [[]]
-        size = 0
-        for message in messages:
-            weight = _weight(message)
-            if parts[-1] and size + weight > self.core.settings.message_bytes:
-                parts.append([])
-                size = 0
-            parts[-1].append(message)
-            size += weight
-        return parts
 
     def _on_chosen(self, timeline: Timeline, entry: int, request_ids: list[bytes]) -> None:
         if timeline.proposal is not None or timeline.waiting or timeline.settles or timeline.incoming is not None:
@@ -541,68 +526,7 @@ class Replica:
             self.chores.trim(timeline)
 
 
-def _follows(batch: PeerBatch, known: Life) -> bool:
-    """Whether a batch is of the life that is known of its sender, or of a later one of the same folder."""
-    if batch.life <= known:
-        return batch.life == known
-    return batch.life[1] > known[1] or _is_of_past(known[2], batch.past)
-
-
-def _is_of_past(boot: int, past: Sequence[int]) -> bool:
-    """Whether `boot` was a life of a folder with these last ones; of older ones nothing is known any more."""
-    return boot in past or (len(past) >= PAST_LIVES and boot < past[0])
-
-
-def _is_sound(message: PeerMessage) -> bool:
-    """Whether a peer's message can be worked with: columns that fit one another, numbers that the disk can hold."""
-    match message:
-        case Prepare(ballot=ballot) | Nack(promised=ballot):
-            return _is_real(ballot)
-        case Accept(value=value, ballot=ballot):
-            return _is_real(ballot) and len(value.kinds) == len(value.keys) == len(value.values)
-        case Promise(value=value, accepted=accepted):
-            if value is None:
-                return accepted == NO_BALLOT
-            return len(value.kinds) == len(value.keys) == len(value.values)
-        case Entries(values=values):
-            return all(len(value.kinds) == len(value.keys) == len(value.values) for value in values)
-        case State(version=version, row_keys=row_keys, rows=rows):
-            return 0 <= version < MAX_ENTRY and len(row_keys) == len(rows) and all(len(key) >= 18 for key in row_keys)
-        case Accepts():
-            return flights_fit(message)
-        case AcceptedAll(others=others):
-            return len(others) % 4 == 0
-        case _:
-            return True
-
-
-def _is_real(ballot: Ballot) -> bool:
-    return 0 <= ballot[0] < MAX_ENTRY and min(ballot[1]) >= 0 and max(ballot[1]) < MAX_ENTRY
-
-
-def _weight(message: PeerMessage) -> int:
-    match message:
-        case Accept(value=value) | Promise(value=value) if value is not None:
-            return 64 + sum(map(len, value.values)) + sum(map(len, value.keys))
-        case Accepts(timelines=timelines, keys=keys, values=column):
-            return 64 + 64 * len(timelines) + sum(map(len, keys)) + sum(map(len, column))
-        case Entries(values=values):
-            return 64 + sum(sum(map(len, value.values)) + sum(map(len, value.keys)) for value in values)
-        case State(rows=rows, row_keys=row_keys):
-            return 64 + sum(map(len, rows)) + sum(map(len, row_keys))
-        case _:
-            return 64
-
-
 def _answer_bytes(answer: Message) -> int:
     if isinstance(answer, Checked | Scanned):
         return 64 + sum(map(len, answer.values)) + sum(map(len, answer.keys)) + 100 * len(answer.keys)
     return 64
-
-
-def _encode_life(life: Life) -> bytes:
-    return b"".join(part.to_bytes(8, "big") for part in life)
-
-
-def _decode_life(row: bytes) -> Life:
-    return tuple(int.from_bytes(row[at : at + 8], "big") for at in (0, 8, 16))  # type: ignore[return-value]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from typing import TypeVar
 
-from .core import Core, Timeline
+from .core import Core
+from .timeline import Timeline
 
 MAX_RESTARTS = 3
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +25,8 @@ from ..errors import InvalidRequest
 from ..keys import split_item_key, timeline_digest
 from ..messages import NO_BALLOT, Life, unpack_i64
 from ..storage.version_cache import DIGEST_BYTES, DIRTY, HEADER_BYTES, ROW_BYTES, Owner, VersionCache
+from .timeline import NOT_NOTED, Timeline
 
-if TYPE_CHECKING:
-    from .core import Timeline
-
-NOT_NOTED = -2  # of a timeline that has just come into memory
 SMALLEST_BYTES = HEADER_BYTES + 64 * ROW_BYTES
 
 

@@ -8,7 +8,7 @@ note moves its entry to the front, what comes in pushes the last one out. All of
 What an entry says. A version >= 0 is *clean*: the replica has applied exactly that version, durably, and accepted
 nothing after it. `DIRTY` says nothing, and neither does an absent entry: then the replica itself is asked. The owner
 marks an entry dirty before the engine is handed what changes the timeline, and notes the version again when that is
-chosen and fsync'd (`paxos/core.py`). So at every instant a clean entry is true of what is on disk.
+chosen and fsync'd (`paxos/versions.py`). So at every instant a clean entry is true of what is on disk.
 
 The array lies in memory that may outlive the process (`version_home.py`), and a process may be killed between any two
 stores. Therefore:

@@ -67,7 +67,7 @@ def put_message(timeline: bytes, request_id: bytes, value: bytes) -> Write:
 @contextlib.contextmanager
 def hung_disk(cluster: StorageCluster, number: int) -> Iterator[Callable[[], None]]:
     """Flushes of one node's log wait until the function that this gives is called."""
-    engine = cluster.services[number]._engine
+    engine = cluster.services[number]._life.engine
     assert engine is not None
     gate, sync = threading.Event(), engine.sync
 

@@ -142,7 +142,7 @@ def test_one_full_replica_costs_its_group_nothing_and_catches_up_when_there_is_r
                 await writer.check()
                 found[0].make_room()
                 await until_voting(cluster)
-                replica = cluster.services[0]._replica
+                replica = cluster.services[0]._life.replica
                 assert replica is not None
                 await wait_for(
                     lambda: all(replica.core.timeline(key).chosen == 1 for key in writer.acknowledged),
@@ -282,7 +282,7 @@ def test_a_node_that_starts_on_a_full_disk_takes_nothing_for_damaged_and_starts_
                 cluster.network.kill(service.name)
                 service._identity.begin_life()  # as after a crash: nothing was closed, so opening has to write
                 found[0].fill()
-                engine, service._engine = service._engine, None
+                engine, service._life.engine = service._life.engine, None
                 assert engine is not None
                 engine.abandon()
                 await service.stop()

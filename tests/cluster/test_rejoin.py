@@ -23,7 +23,8 @@ from timetier.cluster.messages import (
     pack_u32,
     unpack_i64,
 )
-from timetier.cluster.storage.service import REOPEN_S, StorageService
+from timetier.cluster.storage.life_cycle import REOPEN_S
+from timetier.cluster.storage.service import StorageService
 
 CONFIG = StorageConfig(
     engine_cache_mb=8,

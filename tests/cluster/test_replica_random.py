@@ -42,8 +42,9 @@ from timetier.cluster.messages import (
     pack_u32,
     unpack_i64,
 )
-from timetier.cluster.paxos.core import Settings, Timeline
+from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import VOTING, Replica
+from timetier.cluster.paxos.timeline import Timeline
 
 OWNERS = [key_of(f"owner{n}") for n in range(3)]
 ITEMS = [item_key(stamp, name) for stamp in range(6) for name in (b"", b"a")]

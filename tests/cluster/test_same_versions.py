@@ -335,7 +335,7 @@ class SharedCluster(StorageCluster):
 
 
 def knows(cluster: StorageCluster, number: int, version: int) -> bool:
-    replica = cluster.services[number]._replica
+    replica = cluster.services[number]._life.replica
     return replica is not None and replica.core.versions.look_up([ALICE]) == [version]
 
 
@@ -353,7 +353,7 @@ def test_a_node_whose_cache_fails_in_the_middle_of_a_move_begins_another_life_wi
             assert await cluster.put(FIRST, ALICE, rid(1), [item]) == (OK, 1)
             await wait_for(lambda: knows(cluster, FIRST, 1), "the version to be clean")
             service = cluster.services[FIRST]
-            broken = service._replica
+            broken = service._life.replica
             assert broken is not None
             cache = broken.core.versions.cache
             row = cache._row_of(struct.unpack_from("<Q", broken.core.versions.digest(ALICE))[0])
@@ -365,7 +365,7 @@ def test_a_node_whose_cache_fails_in_the_middle_of_a_move_begins_another_life_wi
             cache.look_up_few = fail  # type: ignore[assignment, method-assign]
             message = question(1, seed=digest_seed(cluster.topology.secret))
             assert isinstance(await cluster.client.call(service.name, message, 5.0), Failure)
-            await wait_for(lambda: service._replica not in (None, broken), "the next life")
+            await wait_for(lambda: service._life.replica not in (None, broken), "the next life")
             await cluster.ready()
             assert not knows(cluster, FIRST, 1)
             assert service.status()["versions"]["warm"] < cache.entries

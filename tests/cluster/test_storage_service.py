@@ -88,7 +88,7 @@ def test_a_replica_that_was_away_catches_up_without_being_asked(tmp_path: Path) 
             for number in range(20):
                 assert (await cluster.put(FIRST, ALICE, rid(number), [(item_key(number), b"x")], seen=number))[0] == OK
             service = await cluster.start(THIRD)
-            replica = service._replica
+            replica = service._life.replica
             assert replica is not None
             await wait_for(lambda: replica.core.timeline(ALICE).chosen == 20, "the replica to catch up")
             assert len(await items_of(cluster, THIRD)) == 20
@@ -133,7 +133,7 @@ def test_a_failing_disk_ends_the_life_and_the_next_one_serves_again(tmp_path: Pa
         async with StorageCluster(tmp_path) as cluster:
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
             service = cluster.services[FIRST]
-            engine = service._engine
+            engine = service._life.engine
             assert engine is not None
 
             def refuse() -> None:
@@ -229,7 +229,7 @@ def test_an_error_in_the_middle_of_a_step_ends_the_life_and_nothing_acknowledged
         async with StorageCluster(tmp_path) as cluster:
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
             service = cluster.services[FIRST]
-            replica = service._replica
+            replica = service._life.replica
             assert replica is not None
 
             def fail(*_: object) -> None:
@@ -281,7 +281,7 @@ def test_an_engine_that_does_not_even_close_is_let_go_and_the_next_life_opens_it
         async with StorageCluster(tmp_path) as cluster:
             assert (await cluster.put(FIRST, ALICE, rid(1), [(item_key(1), b"x")]))[0] == OK
             service = cluster.services[FIRST]
-            engine = service._engine
+            engine = service._life.engine
             assert isinstance(engine, RocksEngine)
 
             class Stuck:
@@ -294,7 +294,7 @@ def test_an_engine_that_does_not_even_close_is_let_go_and_the_next_life_opens_it
                     raise OSError("no space left on device")
 
             engine._db = Stuck(engine._db)  # type: ignore[assignment]
-            service._break(EngineFailed("no space left on device"))
+            service._life.break_off(EngineFailed("no space left on device"))
             del engine
             await wait_for(lambda: service.status()["state"] == "voting", "the next life")
             question = ReadPages(1, [ALICE], [b""], pack_u32([1]), 3000)
@@ -326,7 +326,7 @@ def test_a_life_that_fails_to_begin_keeps_no_later_one_out(
                 return real(engine, *arguments, **more)
 
             monkeypatch.setattr(RocksEngine, step, fail_twice)
-            service._break(EngineFailed("no space left on device"))
+            service._life.break_off(EngineFailed("no space left on device"))
             await wait_for(lambda: service.status()["state"] == "voting", "a life that begins")
             assert failures == 2
             assert service.status()["boot"] == 4

@@ -29,7 +29,7 @@ from timetier.cluster.messages import (
     unpack_i64,
 )
 from timetier.cluster.paxos.acceptor import Acceptor
-from timetier.cluster.paxos.core import Settings, Timeline
+from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.flights import Arrivals, _Columns
 from timetier.cluster.paxos.intake import Intake
 from timetier.cluster.paxos.rows import (
@@ -41,6 +41,7 @@ from timetier.cluster.paxos.rows import (
     record_head,
     record_of,
 )
+from timetier.cluster.paxos.timeline import Timeline
 
 KINDS = [(PUT, b"x"), (DELETE, b""), (WIPE, b"")]
 IDS = [b"", b"", b"", b"id", b"\x00" * 20, b"i" * 250]

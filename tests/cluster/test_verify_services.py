@@ -198,7 +198,7 @@ def test_a_timeline_that_one_replica_lacks_is_found_and_fetched(tmp_path: Path) 
             first = await compare(cluster)
             assert first.ok or [(d.timeline, d.kind, d.outliers) for d in first.differences] == [(VICTIM, BEHIND, (2,))]
             assert (await compare(cluster, mend=True)).ok
-            replicas = [service._replica for service in cluster.services.values()]
+            replicas = [service._life.replica for service in cluster.services.values()]
             assert len({replica.core.timeline(VICTIM).chosen for replica in replicas if replica is not None}) == 1
 
     asyncio.run(asyncio.wait_for(body(), 60))
@@ -242,7 +242,7 @@ def test_rows_that_only_some_replicas_have_evicted_yet_are_no_difference(tmp_pat
             writer = Writer(cluster)
             await writer.fill()
             bucket = int.from_bytes(VICTIM[:4], "big")
-            slow = cluster.services[2]._replica
+            slow = cluster.services[2]._life.replica
             assert slow is not None
             slow.run_chores = lambda now: False  # type: ignore[method-assign]
             version = await writer.put(VICTIM, 50, b"stays")

@@ -290,7 +290,7 @@ BUGS = [
     _bug(
         "retried request applied twice",
         "request ids are checked at each proposal",
-        ("paxos.proposer:Proposer._eligible", "applied = ids.get(waiter.request_id)", "applied = None"),
+        ("paxos.forming:Forming._eligible", "applied = ids.get(waiter.request_id)", "applied = None"),
         ("paxos.intake:Intake._take_usual", "or request_id in timeline.ids", ""),
     ),
     _bug(
@@ -311,7 +311,7 @@ BUGS = [
         "stale request taken",
         "a request older than the remembered ids is refused",
         (
-            "paxos.proposer:Proposer._eligible",
+            "paxos.forming:Forming._eligible",
             "elif waiter.seen < timeline.chosen - self.core.settings.request_id_entries:",
             "elif False:",
         ),
@@ -322,13 +322,13 @@ BUGS = [
     _bug(
         "conditional write shares an entry",
         "a conditional write is alone in its entry",
-        ("paxos.proposer:Proposer._form", "alone = waiter.if_version >= 0", "alone = False"),
+        ("paxos.forming:Forming._form", "alone = waiter.if_version >= 0", "alone = False"),
         plans="crowds",
     ),
     _bug(
         "condition not checked",
         "if_version=v is applied as entry v+1 only",
-        ("paxos.proposer:Proposer._eligible", "elif 0 <= waiter.if_version < timeline.chosen or", "elif"),
+        ("paxos.forming:Forming._eligible", "elif 0 <= waiter.if_version < timeline.chosen or", "elif"),
         (
             "paxos.intake:Intake._take_usual",
             "condition != timeline.chosen and condition >= 0",
@@ -470,7 +470,7 @@ BUGS = [
     _bug(
         "old lives are heard",
         "messages of a replaced life are refused",
-        ("paxos.replica:Replica.peer", "if known is not None and not _follows(batch, known):", "if False:"),
+        ("paxos.replica:Replica.peer", "if known is not None and not follows(batch, known):", "if False:"),
         plans="losses",
         scripts=("old_life",),
     ),

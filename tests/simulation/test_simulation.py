@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from timetier.cluster.paxos.core import Timeline
+from timetier.cluster.paxos.timeline import Timeline
 
 from .__main__ import main
 from .plan import make_plan

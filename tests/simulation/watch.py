@@ -25,9 +25,8 @@ from timetier.cluster.messages import (
     Promise,
     unpack_u32,
 )
-from timetier.cluster.paxos.core import Timeline
 from timetier.cluster.paxos.flights import singles
-from timetier.cluster.paxos.replica import _decode_life
+from timetier.cluster.paxos.lives import decode_life
 from timetier.cluster.paxos.rows import (
     Meta,
     decode_record,
@@ -41,6 +40,7 @@ from timetier.cluster.paxos.rows import (
     rows_prefix,
     version_of,
 )
+from timetier.cluster.paxos.timeline import Timeline
 
 from .disk import Batch, SimDisk, SimEngine
 from .trace import show_key, show_timeline
@@ -348,7 +348,7 @@ def _entry(engine: SimEngine, timeline: bytes, number: int, request_ids: list[by
 def noted_life(rows: dict[bytes, bytes], replica: int) -> Life | None:
     """The greatest life of a peer that is on a replica's disk."""
     row = rows.get(life_key(replica))
-    return _decode_life(row) if row is not None else None
+    return decode_life(row) if row is not None else None
 
 
 def _meta(rows: dict[bytes, bytes], timeline: bytes) -> Meta:

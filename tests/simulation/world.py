@@ -157,13 +157,11 @@ class World:
         identity = open_sim_identity(node.disk, life, CLUSTER, may_format=may_format, may_learn=True)
         carrier = self.network.carrier(life)
         carrier.on_peer_batch = lambda peer, batch: self.watch.peer_batch(node.disk, peer, batch)
-        engines: list[SimEngine] = []
 
         def open_engine(path: Path, create: bool) -> SimEngine:
-            engines.append(SimEngine(node.disk, life, path, create=create))
-            return engines[-1]
+            return SimEngine(node.disk, life, path, create=create)
 
-        service = _watched(storage_module.StorageService, self.watch, engines)(
+        service = _watched(storage_module.StorageService, self.watch)(
             name=node.name,
             group=node.group,
             replica=node.number,
@@ -281,9 +279,9 @@ class World:
         """A storage node's replica and engine, if it is alive."""
         node = self.nodes[name]
         service = node.service
-        if node.life is None or service is None or service._replica is None:
+        if node.life is None or service is None or service._life.replica is None:
             return None
-        return service._replica, service._engine
+        return service._life.replica, service._life.engine
 
     def voters(self, timeline: bytes) -> list[str]:
         """Names of the replicas that a timeline has."""
@@ -384,13 +382,14 @@ class _FixedSource:
         return None
 
 
-def _watched(kind: Any, watch: Watch, engines: list[SimEngine]) -> Any:
+def _watched(kind: Any, watch: Watch) -> Any:
     """The storage service's class, with a check that looks on each of its lives."""
 
     class Watched(kind):  # type: ignore[misc]
-        def _open(self) -> None:
-            super()._open()
-            watch.replica(self.name, self._replica, engines[-1])
+        def _make_replica(self, engine: Any) -> Replica:
+            replica: Replica = super()._make_replica(engine)
+            watch.replica(self.name, replica, engine)
+            return replica
 
     return Watched
 
