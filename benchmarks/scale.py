@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,22 +279,20 @@ def main(as_json: bool, quick: bool, items: int, startup_items: int, seconds: fl
     wanted = shapes(items, quick=quick)
     report: dict[str, Any] = {"shapes": [], "starts": []}
     known = iter(wanted)
-    if not as_json:
-        print(_heading(), flush=True)
+    tell = partial(click.echo, err=as_json)  # a line as soon as it is known
+    tell(_heading())
     for kind, found in measure(wanted, sorted({0, items, startup_items}), seconds, 2 if quick else 3):
         if kind == "empty":
             report["empty"] = found
         elif kind == "shape":
             found["mb_per_million"] = per_million(found, next(known), report["empty"])
             report["shapes"].append(found)
-            if not as_json:
-                print(_row(found), flush=True)
+            tell(_row(found))
         else:
             report["starts"].append(found)
-            if not as_json:
-                print(_start_row(found), flush=True)
+            tell(_start_row(found))
     if as_json:
-        print(json.dumps(report))
+        click.echo(json.dumps(report))
 
 
 if __name__ == "__main__":
