@@ -78,7 +78,7 @@ _READ_SLACK_S = 0.001  # that a node may take longer for each read in a message:
 
 
 class WriteRequest(msgspec.Struct, gc=False):
-    """One atomic write. `kinds[i]` says what is done with `keys[i]` and `values[i]` (see `messages.py`).
+    """One atomic write. `kinds[i]` says what is done with `keys[i]` and `values[i]` (see `messages/base.py`).
 
     `if_version`: apply only if this is the timeline's version, -1 = unconditional. `request_id`: 16 bytes; without
     one the client gives it its own. `known_size_bytes`: as `size_bytes`, filled in when that is first asked for.

@@ -1,0 +1,99 @@
+"""Whoever reads, writes or mends cold files -> cold node."""
+
+from __future__ import annotations
+
+from .base import Request
+
+
+class BlockRead(Request):
+    """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C).
+
+    `owner`: only the rows of this owner are wanted, of a block of `format`; b"" for the block as it is.
+    """
+
+    file: str
+    offset: int
+    length: int
+    crc: int
+    owner: bytes = b""
+    format: int = 0
+
+
+class BlockBytes(Request):
+    """`part`: the data is a block of its own, with the rows of the owner that was asked for; `crc`: its CRC32C."""
+
+    data: bytes
+    part: bool = False
+    crc: int = 0
+
+
+class FileWrite(Request):
+    """A piece of a new file at `offset`. The last piece makes it durable under its name, if `crc` agrees."""
+
+    file: str
+    disk: int
+    offset: int
+    data: bytes
+    last: bool
+    crc: int  # CRC32C of the whole file, as the writer computed it
+
+
+class FileWritten(Request):
+    """`crc`: CRC32C of the whole file as re-read from the disk (0 before the last piece)."""
+
+    size: int
+    crc: int
+
+
+class FileList(Request):
+    """Ask for the files of a cold node whose names come after `cursor`."""
+
+    cursor: str
+
+
+class Files(Request):
+    """Names, sizes (int64), ages in seconds (int64); `more` tells that the list goes on."""
+
+    names: list[str]
+    sizes: bytes
+    ages_s: bytes
+    more: bool
+
+
+class FileRemove(Request):
+    """Remove files. Answered by `Pong`; a file that is not there is no error."""
+
+    files: list[str]
+
+
+class FileInfo(Request):
+    """Ask what a cold file holds, as its own footer says."""
+
+    file: str
+
+
+class FileFacts(Request):
+    """Answer to `FileInfo`. `table`: whose rows they are; `buckets`: uint32, increasing; `blocks`: how many."""
+
+    size: int
+    disk: int
+    table: bytes
+    buckets: bytes
+    blocks: int
+
+
+class FileRead(Request):
+    """Read a piece of a file as it is, to copy the file as a whole."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class FilePiece(Request):
+    """Answer to `FileRead`. `size`: of the whole file, `disk`: the ordinal of its disk, `crc`: of `data`."""
+
+    size: int
+    disk: int
+    crc: int
+    data: bytes
