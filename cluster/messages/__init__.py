@@ -58,8 +58,14 @@ from .clients import (
     Written,
 )
 from .cold import (
+    DISK_ABSENT,
+    DISK_FAILED,
+    DISK_REPLACING,
+    DISK_SERVES,
+    AskDisks,
     BlockBytes,
     BlockRead,
+    Disks,
     FileFacts,
     FileInfo,
     FileList,
@@ -135,6 +141,10 @@ __all__ = [
     "CORRUPT",
     "DELETE",
     "DELTA",
+    "DISK_ABSENT",
+    "DISK_FAILED",
+    "DISK_REPLACING",
+    "DISK_SERVES",
     "INVALID",
     "MAX_FRAME_BYTES",
     "MISPLACED",
@@ -158,6 +168,7 @@ __all__ = [
     "AskChanged",
     "AskChosen",
     "AskDigests",
+    "AskDisks",
     "AskLives",
     "AskSame",
     "AskTables",
@@ -172,6 +183,7 @@ __all__ = [
     "ChosenAll",
     "ChosenList",
     "Digests",
+    "Disks",
     "Entries",
     "Failure",
     "Fetch",
@@ -280,6 +292,8 @@ Message = (
     | FileFacts
     | FileRead
     | FilePiece
+    | AskDisks
+    | Disks
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from .base import Request
 
+# States of a disk.
+DISK_SERVES = 0
+DISK_FAILED = 1  # it did not read or write, and was taken out
+DISK_ABSENT = 2  # its folder is empty or not its own: nothing is mounted there, or another disk
+DISK_REPLACING = 3  # it is being filled from a peer; takes no files of the sink
+
 
 class BlockRead(Request):
     """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C).
@@ -97,3 +103,18 @@ class FilePiece(Request):
     disk: int
     crc: int
     data: bytes
+
+
+class AskDisks(Request):
+    """How are your disks?"""
+
+
+class Disks(Request):
+    """Answer to `AskDisks`, by ordinal. `states`: a byte each, `DISK_SERVES` or why not; `free`: int64, bytes.
+
+    `reasons`: in words, "" for a disk that serves.
+    """
+
+    states: bytes
+    free: bytes
+    reasons: list[str]
