@@ -32,7 +32,7 @@ from ..cluster.config import Config
 from ..cluster.counters import Counters
 from ..cluster.durable_file import make_folder_durably, write_durably
 from ..cluster.errors import TimeTierError, Unavailable
-from ..cluster.identity import FolderLocked, Identity, has_identity, open_identity
+from ..cluster.identity import FolderGone, FolderLocked, Identity, has_identity, open_identity
 from ..cluster.messages import Message, Ping, Pong, Status, StatusRequest
 from ..cluster.service import Service
 from ..cluster.topology import Topology
@@ -201,11 +201,11 @@ class NodeActor:
             self.topology = decode_topology(await self._ask("topology", -1, 1.0))
 
     async def _open_folder(self) -> None:
-        may_format = not await asyncio.to_thread(has_identity, self.folder)
-        if may_format:
-            may_format = bool(await self._ask("may_format", self.spec.name))
         pauses = Pauses()
         while self.identity is None:
+            may_format = not await asyncio.to_thread(has_identity, self.folder)
+            if may_format:
+                may_format = bool(await self._ask("may_format", self.spec.name))
             try:
                 self.identity = await asyncio.to_thread(
                     open_identity,
@@ -215,8 +215,8 @@ class NodeActor:
                     may_format=may_format,
                     may_learn=self.may_learn(),
                 )
-            except FolderLocked as error:
-                # The former process of this actor may need a moment to end.
+            except (FolderLocked, FolderGone) as error:
+                # The former process of this actor may need a moment to end; a disk may be changed just then.
                 self._reason = error.message
                 await asyncio.sleep(pauses.next_s())
             except OSError as error:

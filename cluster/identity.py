@@ -59,6 +59,10 @@ class FolderLocked(Refused):
     """Another process has the folder open. It may be one that is just ending: try again for a few seconds."""
 
 
+class FolderGone(Refused):
+    """The folder was taken away while it was being opened: what is there now decides, so look again."""
+
+
 class Identity:
     """An open data folder. Holds its lock until `close`.
 
@@ -144,7 +148,7 @@ def open_identity(folder: Path, cluster_id: str, node: str, *, may_format: bool,
 
     An empty or missing folder is formatted (incarnation 1, boot 1) if `may_format`; else, if `may_learn`, it becomes
     that of a learner (incarnation 0). Raises FolderLocked while another process has it open, Refused when the folder
-    is not fit for this node, OSError when the disk fails.
+    is not fit for this node, FolderGone when somebody takes it away meanwhile, OSError when the disk fails.
     """
     if not (may_format or may_learn) and not has_identity(folder) and _is_empty(folder):
         raise Refused(
@@ -152,13 +156,16 @@ def open_identity(folder: Path, cluster_id: str, node: str, *, may_format: bool,
             "break promises it no longer knows. Restore the folder, or mount the disk that holds it"
         )
     make_folder_durably(folder)
-    lock = _lock_folder(folder)
     try:
-        identity = _read_or_format(folder, lock, cluster_id, node, learning=not may_format)
-        identity.begin_life()
-    except BaseException:
-        os.close(lock)
-        raise
+        lock = _lock_folder(folder)
+        try:
+            identity = _read_or_format(folder, lock, cluster_id, node, learning=not may_format)
+            identity.begin_life()
+        except BaseException:
+            os.close(lock)
+            raise
+    except FileNotFoundError:
+        raise FolderGone(f"data folder {folder} was taken away while it was being opened") from None
     return identity
 
 

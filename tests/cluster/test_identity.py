@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from timetier.cluster.durable_file import write_durably
-from timetier.cluster.identity import FolderLocked, Identity, Refused, has_identity, open_identity
+from timetier.cluster.identity import FolderGone, FolderLocked, Identity, Refused, has_identity, open_identity
 
 
 def open_and_close(
@@ -82,6 +82,25 @@ def test_a_crash_while_formatting_leaves_a_folder_that_can_be_formatted(tmp_path
     (tmp_path / "LOCK").touch()
     (tmp_path / "IDENTITY.tmp").write_bytes(b'{"format"')
     assert open_and_close(tmp_path, may_format=True).boot == 1
+
+
+def test_a_folder_that_is_taken_away_while_it_is_opened_can_be_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "node"
+    open_identity(folder, "c1", "storage-0-0", may_format=True).close()
+
+    def taken_away(bits: int) -> int:
+        folder.rename(tmp_path / "elsewhere")
+        return 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Identity, "_random_bits", staticmethod(taken_away))
+        with pytest.raises(FolderGone):
+            open_identity(folder, "c1", "storage-0-0", may_format=False)
+    identity = open_identity(folder, "c1", "storage-0-0", may_format=False, may_learn=True)
+    assert (identity.learning, identity.incarnation) == (True, 0), "it is empty, so all was lost"
+    identity.close()
 
 
 def test_the_acknowledgement_is_kept(tmp_path: Path) -> None:
