@@ -10,8 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import ray
@@ -20,6 +19,7 @@ from ..cluster.errors import Unavailable
 
 PENDING, RUNNING, SUCCEEDED, FAILED = "pending", "running", "succeeded", "failed"
 ENDED = frozenset({SUCCEEDED, FAILED})
+JOB, TASK = "job", "task"
 
 _LOG_TAIL_BYTES = 2_000
 _KNOCK_S = 2.0
@@ -29,40 +29,56 @@ _KNOCK_S = 2.0
 class SinkOptions:
     """What one run of the sink is to do. `before`: cut-off by hand, in the table's unit; None = by the tables' rules.
 
-    `by_event_time`: the cut-off looks only at the items' timestamps. `table`: only this one.
+    `by_event_time`: the cut-off looks only at the items' timestamps. `table`: only this one. `take_over`: begin even if
+    another run is at work, which is then fenced.
     """
 
     before: int | None = None
     by_event_time: bool = False
     table: str | None = None
+    take_over: bool = False
 
-    def arguments(self, namespace: str) -> list[str]:
-        """Command line of the run, from the program on."""
-        arguments = [sys.executable, "-m", "timetier.jobs.sink", "--namespace", namespace]
+    def told(self) -> dict[str, Any]:
+        """What is not as usual, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+    def arguments(self, namespace: str, run: str) -> list[str]:
+        """Command line of the run of this name, from the program on."""
+        arguments = [sys.executable, "-m", "timetier.jobs.sink", "--namespace", namespace, "--run", run]
         if self.before is not None:
             arguments += ["--before", str(self.before)]
         if self.by_event_time:
             arguments.append("--by-event-time")
         if self.table is not None:
             arguments += ["--table", self.table]
+        if self.take_over:
+            arguments.append("--take-over")
         return arguments
 
 
 class RunningSink(Protocol):
-    """A run that was started. `kind`: `job` or `task`. `id`: its name in reports, and that of the Ray job."""
+    """A run that was started. `kind`: `job` or `task`."""
 
     kind: str
-    id: str
 
     def state(self) -> tuple[str, str]:
-        """State of the run, and for a failed one why."""
+        """State of the run, and for a failed one why. Raises Unavailable when nobody can tell."""
 
 
-def start_sink(namespace: str, options: SinkOptions) -> RunningSink:
-    """Start one run in the connected Ray cluster. Raises Unavailable."""
-    arguments = options.arguments(namespace)
+def start_sink(namespace: str, options: SinkOptions, run: str) -> RunningSink:
+    """Start the run of this name in the connected Ray cluster; a Ray job has that id. Raises Unavailable."""
+    arguments = options.arguments(namespace, run)
     dashboard = dashboard_url()
-    return _Job(dashboard, arguments) if dashboard else _Task(arguments)
+    if not dashboard:
+        return _Task(arguments)
+    job = _Job(run)
+    job.submit(dashboard, arguments)
+    return job
+
+
+def find_job(run: str) -> RunningSink:
+    """The Ray job of this id, which may have been started long ago."""
+    return _Job(run)
 
 
 def dashboard_url() -> str | None:
@@ -85,38 +101,52 @@ def _is_open(address: str) -> bool:
 
 
 class _Job:
-    kind = "job"
+    kind = JOB
 
-    def __init__(self, dashboard: str, arguments: list[str]) -> None:
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def submit(self, dashboard: str, arguments: list[str]) -> None:
         from ray.job_submission import JobSubmissionClient
 
         try:
-            self._client = JobSubmissionClient(dashboard)
-            self.id = self._client.submit_job(
-                entrypoint=f"exec {shlex.join(arguments)}", metadata={"job_name": "timetier sink"}
+            JobSubmissionClient(dashboard).submit_job(
+                entrypoint=f"exec {shlex.join(arguments)}",
+                submission_id=self._run,
+                metadata={"job_name": "timetier sink"},
             )
         except (RuntimeError, ConnectionError, ValueError) as error:
             raise Unavailable(f"Ray's job server at {dashboard} did not take the sink: {error}") from None
 
     def state(self) -> tuple[str, str]:
-        status = self._client.get_job_status(self.id)
-        if not status.is_terminal():
-            return (PENDING if status.value == "PENDING" else RUNNING), ""
-        if status.value == "SUCCEEDED":
-            return SUCCEEDED, ""
-        return FAILED, self._client.get_job_logs(self.id)[-_LOG_TAIL_BYTES:].strip()
+        from ray.job_submission import JobSubmissionClient
+
+        dashboard = dashboard_url()
+        if not dashboard:
+            raise Unavailable("Ray has no dashboard, and so no job server")
+        try:
+            client = JobSubmissionClient(dashboard)
+            status = client.get_job_status(self._run)
+            if not status.is_terminal():
+                return (PENDING if status.value == "PENDING" else RUNNING), ""
+            if status.value == "SUCCEEDED":
+                return SUCCEEDED, ""
+            return FAILED, client.get_job_logs(self._run)[-_LOG_TAIL_BYTES:].strip()
+        except (RuntimeError, ConnectionError) as error:
+            if "does not exist" in str(error):
+                return FAILED, "Ray does not know its job any more"
+            raise Unavailable(f"Ray's job server at {dashboard} does not tell: {error}") from None
 
 
 class _Task:
     """Where there is no dashboard. The same program runs as a child of a Ray task."""
 
-    kind = "task"
+    kind = TASK
 
     def __init__(self, arguments: list[str]) -> None:
         address = ray.get_runtime_context().gcs_address
-        self.id = f"task-{uuid.uuid4().hex[:16]}"  # a job knows its id; a task has to be told
         run = ray.remote(num_cpus=0, max_retries=0)(_run_program)
-        self._result = run.options(name="timetier sink").remote([*arguments, "--run", self.id], address)
+        self._result = run.options(name="timetier sink").remote(arguments, address)
 
     def state(self) -> tuple[str, str]:
         done, _ = ray.wait([self._result], timeout=0)
@@ -135,8 +165,3 @@ def _run_program(arguments: list[str], address: str) -> tuple[int, str]:
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True
     )
     return done.returncode, done.stdout[-_LOG_TAIL_BYTES:].strip()
-
-
-def describe(run: RunningSink) -> dict[str, Any]:
-    """`kind`, `id` of a run, ready for JSON."""
-    return {"kind": run.kind, "id": run.id}

@@ -105,6 +105,8 @@ def stop_cluster(namespace: str = "timetier", *, address: str | None = None) -> 
 def cluster_status(namespace: str = "timetier", *, address: str | None = None) -> dict[str, Any]:
     """`namespace`, `state` (`serving`, `degraded`, `down`), `router` and `nodes`: state and figures of each actor.
 
+    `alarms`: what somebody should look at although all may serve, each with `actor` and `alarm` in words.
+
     Nodes of a cluster with zones have `zone` and `host` ("" = any machine of it); they are `away` while no Ray node
     there is alive. Works with the Router dead, too: then it tells of the nodes that run.
     """
@@ -129,7 +131,16 @@ def cluster_status(namespace: str = "timetier", *, address: str | None = None) -
     nodes = [states[name] for name in names]
     good = all(state["state"] in SERVES for state in states.values())
     state = "down" if not running else SERVING if good and nodes else "degraded"
-    return {"namespace": namespace, "state": state, "router": states[ROUTER], "nodes": nodes}
+    router_state = states[ROUTER]
+    found = {"namespace": namespace, "state": state, "alarms": alarms_of(router_state, nodes)}
+    return {**found, "router": router_state, "nodes": nodes}
+
+
+def alarms_of(router: Mapping[str, Any], nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What the actors themselves call alarms: the Router that of the sink, a node those in its `alarms`."""
+    sink_alarm = router.get("sink", {}).get("alarm", "")
+    alarms = [{"actor": "sink", "alarm": sink_alarm}] if sink_alarm else []
+    return alarms + [{"actor": node["node"], "alarm": alarm} for node in nodes for alarm in node.get("alarms", ())]
 
 
 # ---------------------------------------------------------------- the Router

@@ -1,8 +1,8 @@
 """The Router actor: it knows the cluster's shape and tells everybody, but serves no request.
 
 It holds the map's epoch, membership, addresses, the secret of the direct carrier and which data folders were
-formatted (see `router_state.py`), pushes changes by long poll, and starts the sink on schedule. With the Router dead
-reads and writes go on: nodes and clients keep the topology that they have.
+formatted (see `router_state.py`), pushes changes by long poll, and starts the sink on schedule (`sink_runs.py`). With
+the Router dead reads and writes go on: nodes and clients keep the topology that they have.
 
 A Router whose state is damaged, or belongs to another cluster, stays up and refuses everything but `status`: ending
 would only make Ray restart it, and a state begun afresh would be a new cluster on old data.
@@ -24,22 +24,18 @@ from .. import __version__
 from ..cluster.carriers.base import Address
 from ..cluster.config import Config
 from ..cluster.counters import Counters
-from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
+from ..cluster.errors import InvalidRequest, TimeTierError
 from ..cluster.gate import overloaded
 from ..cluster.identity import Refused
 from ..cluster.placement import NodePlace
-from .jobs_client import ENDED, FAILED, RunningSink, SinkOptions, describe, start_sink
+from .jobs_client import SinkOptions
 from .metrics import MetricsExport, export_metrics
 from .router_state import RouterState
+from .sink_runs import SinkRuns
 
 NAME = "router"
 MAX_POLL_S = 60.0
 MAX_POLLS = 5_000  # that wait at a time; half of the calls that the actor takes
-
-_SINK_POLL_S = 1.0
-_MAX_KNOWN_SINKS = 20
-
-_SUNK = {"sunk_items": "rows", "sunk_bytes": "cold_bytes", "sunk_raw_bytes": "raw_bytes"}  # counter: figure of a run
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,6 @@ class Router:
     def __init__(self, namespace: str, data_dir: str, config: str | None, machines: Sequence[NodePlace] = ()) -> None:
         self._namespace = namespace
         self._changed = asyncio.Condition()
-        self._sinks: dict[str, RunningSink] = {}
         self._state: RouterState | None = None
         self._reason = ""
         self._polls = 0
@@ -63,7 +58,8 @@ class Router:
             self._reason = str(error)
             logger.error("the Router refuses to serve: %s", self._reason)
             return
-        self._keep(self._schedule_sink(self._state))
+        self._sinks = SinkRuns(namespace, self._state, self._counters)
+        self._sinks.begin()
         self._keep(export_metrics([MetricsExport(NAME, NAME, "", self._counters)]))
 
     async def hello(self) -> dict[str, Any]:
@@ -130,6 +126,13 @@ class Router:
             await self._tell()
         return state.epoch
 
+    async def set_restoring(self, restore: str, phase: str) -> int:
+        """Close the cluster for a restore, or open it again; see `RouterState.set_restoring`. The epoch."""
+        state = self._open()
+        if state.set_restoring(restore, phase):
+            await self._tell()
+        return state.epoch
+
     async def may_format(self, node: str) -> bool:
         """Whether `node` may format an empty data folder. Granted until it reports that it has."""
         return self._open().may_format(node)
@@ -140,39 +143,30 @@ class Router:
 
     async def report_run(self, report: dict[str, Any]) -> None:
         """Note the progress of a sink run (`run`, `state` and figures)."""
-        state = self._open()
-        ended = {run["run"] for run in state.runs if run["state"] in ENDED}
-        state.report_run(report)
-        if report["state"] in ENDED and report["run"] not in ended:
-            self._counters.add("sink_runs_failed" if report["state"] == FAILED else "sink_runs_succeeded")
-            for total, figure in (
-                ("sunk_items", "rows"),
-                ("sunk_bytes", "cold_bytes"),
-                ("sunk_raw_bytes", "raw_bytes"),
-            ):
-                if isinstance(report.get(figure), int):
-                    self._counters.add(total, report[figure])
+        self._open()
+        self._sinks.report(report)
 
     async def runs(self) -> list[dict[str, Any]]:
         """The last 20 sink runs, oldest first."""
         return self._open().runs
 
     async def start_sink(self, options: SinkOptions) -> dict[str, Any]:
-        """Start one run of the sink: its `kind` (`job`, or `task` where Ray has no dashboard) and `id`."""
+        """Start one run of the sink by hand: its `kind` (`job`, or `task` where Ray has no dashboard) and `id`.
+
+        Raises Unavailable while another run is at work, unless `options.take_over`.
+        """
         self._open()
-        run = await asyncio.to_thread(start_sink, self._namespace, options)
-        self._sinks[run.id] = run
-        while len(self._sinks) > _MAX_KNOWN_SINKS:
-            del self._sinks[next(iter(self._sinks))]
-        return describe(run)
+        return await self._sinks.start(options, "hand")
+
+    async def admit_sink(self, run: str, take_over: bool) -> str:
+        """A run begins, whoever started it: "" if it may go on, else the name of the one that is at work."""
+        self._open()
+        return await self._sinks.admit(run, take_over=take_over)
 
     async def sink_state(self, run_id: str) -> dict[str, str]:
-        """`state` and `reason` of a run that this Router started since it was started itself."""
-        run = self._sinks.get(run_id)
-        if run is None:
-            raise Unavailable(f"the Router does not know the sink run {run_id}: it was restarted meanwhile")
-        state, reason = await asyncio.to_thread(run.state)
-        return {"state": state, "reason": reason}
+        """`state` and `reason` of a run."""
+        self._open()
+        return await self._sinks.state(run_id)
 
     async def status(self) -> dict[str, Any]:
         """State and figures, ready for JSON."""
@@ -194,6 +188,7 @@ class Router:
             "folders": state.folders,
             "places": {node: msgspec.to_builtins(place) for node, place in state.places.items()},
             "runs": state.runs,
+            "sink": self._sinks.status(),
             "figures": self._counters.read(),
         }
 
@@ -201,6 +196,8 @@ class Router:
         """End background work; the state is on disk already."""
         for task in self._background:
             task.cancel()
+        if self._state is not None:
+            self._sinks.stop()
 
     async def _tell(self) -> None:
         """Wake up who waits for a later epoch."""
@@ -216,24 +213,3 @@ class Router:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    async def _schedule_sink(self, state: RouterState) -> None:
-        every_s = state.config.sink.every
-        if every_s is None:
-            return
-        while True:
-            await asyncio.sleep(every_s * random.uniform(0.95, 1.05))
-            try:
-                run = await self.start_sink(SinkOptions())
-                ended = await self._wait_for_sink(run["id"])
-            except (TimeTierError, RuntimeError, OSError) as error:
-                ended = {"state": FAILED, "reason": str(error)}
-            if ended["state"] == FAILED:
-                logger.error("the scheduled sink failed: %s", ended["reason"])
-
-    async def _wait_for_sink(self, run_id: str) -> dict[str, str]:
-        while True:
-            found = await self.sink_state(run_id)
-            if found["state"] in ENDED:
-                return found
-            await asyncio.sleep(_SINK_POLL_S)

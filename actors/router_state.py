@@ -22,7 +22,7 @@ from ..cluster.errors import Corrupt, InvalidRequest, Unavailable
 from ..cluster.identity import Refused, has_identity
 from ..cluster.placement import NodePlace, place_nodes
 from ..cluster.static_map import SHIPPED_BUCKETS, StaticMap
-from ..cluster.topology import Topology
+from ..cluster.topology import BEGINNING, COPYING, Restoring, Topology
 
 FORMAT = 1
 MAP_FILE = "static.map"
@@ -45,6 +45,7 @@ class _State(msgspec.Struct):
     runs: list[dict[str, Any]] = []
     places: dict[str, NodePlace] = {}
     cache_nodes: int | None = None  # per group, since `timetier scale`; None: as configured
+    restoring: Restoring | None = None
     format: int = FORMAT
 
 
@@ -203,6 +204,28 @@ class RouterState:
         self._save()
         return True
 
+    def set_restoring(self, restore: str, phase: str) -> bool:
+        """Close the cluster for a restore from a backup (phase `BEGINNING`), note that all of it was found empty
+        (`COPYING`), or open it again ("", after the restore or when nothing of it was installed). Whether that changed
+        anything (then the epoch grew). Raises InvalidRequest while another restore is under way.
+        """
+        present = self._state.restoring
+        wanted = Restoring(restore, phase) if phase else None
+        if present == wanted:
+            return False
+        if present is not None and present.restore != restore:
+            raise InvalidRequest(
+                f"restore {present.restore} is under way: finish that one, or give it up by `timetier restore --abandon`"
+            )
+        if phase not in ("", BEGINNING, COPYING) or (phase == BEGINNING and present is not None):
+            return False  # it has come further than that
+        if phase == COPYING and present is None:
+            raise InvalidRequest(f"restore {restore} has not begun")
+        self._state.restoring = wanted
+        self._state.epoch += 1
+        self._save()
+        return True
+
     def report_run(self, report: dict[str, Any]) -> None:
         """Note the progress of a sink run: a dict with `run` (its id) and `state`, ready for JSON.
 
@@ -224,7 +247,7 @@ class RouterState:
             self._state.runs = [*runs, entry][-MAX_RUNS:]
         else:
             runs[runs.index(before)] = entry
-        if before is None or before.get("state") != state:
+        if before is None or any(before.get(name) != entry.get(name) for name in ("state", "kind")):
             self._save()
 
     def _take_config(self, config: Config, machines: Iterable[NodePlace]) -> None:
@@ -266,6 +289,7 @@ class RouterState:
         return msgspec.structs.replace(
             shape,
             cache_nodes=state.cache_nodes or shape.cache_nodes,
+            restoring=state.restoring,
             map_checksum=state.map_checksum,
             static_map=b"" if shipped else self._static_map.to_bytes(),
         )

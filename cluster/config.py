@@ -33,6 +33,7 @@ from .carriers.base import Address
 from .config_file import ConfigDocument, describe_errors, read_document
 from .errors import ConfigError
 from .keys import MAX_TABLE_BYTES, TABLE_NAME
+from .schedule import Schedule, check_cron, time_zone
 from .topology import TablePolicy, Topology
 
 LOCAL_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -266,19 +267,86 @@ class SinkConfig(_Section):
     """The scheduled job that moves old items from the storage tier to the cold tier."""
 
     every: Duration | None = Field(
-        default=None, ge=1, description="time between two runs; null = only by hand, with `timetier sink`"
+        default=None, ge=1, description="time between the starts of two runs; null = by `cron`, or only by hand"
     )
+    cron: Annotated[str, AfterValidator(check_cron)] | None = Field(
+        default=None,
+        max_length=200,
+        description="when to run, in the place of `every`: minute, hour, day of month, month, day of week, such as "
+        "30 3 * * *",
+    )
+    time_zone: str = Field(default="UTC", max_length=100, description="time zone of `cron`, such as Europe/Berlin")
     block_rows: StrictInt = Field(default=4_096, ge=16, le=1_048_576, description="rows of a block at most")
     block_kb: StrictInt = Field(
-        default=512, ge=16, le=4_096, description="KiB of a block's rows before encoding; a larger one is alone"
+        default=256, ge=16, le=4_096, description="KiB of a block's rows before encoding; a larger one is alone"
     )
     file_mb: StrictInt = Field(default=64, ge=1, le=4_096, description="MiB after which the sink begins another file")
     orphan_grace: Duration = Field(
-        default=600.0, ge=1, description="age from which a cold file that no link names is removed by the next run"
+        default=600.0,
+        ge=1,
+        description="how long a cold file stays after its last block was replaced, and one of a run that crashed; "
+        "readers with an old link need it for seconds",
+    )
+    min_block_kb: StrictInt = Field(
+        default=64,
+        ge=0,
+        le=4_096,
+        description="KiB of old rows that a window waits for before it sinks, or sinks again, so that blocks are not "
+        "tiny and not rewritten for little; 0 = it never waits",
+    )
+    max_wait: Duration = Field(
+        default=7 * 86_400.0, description="longest time that rows wait so, beyond the table's cold_after"
+    )
+    min_live_share: Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.5,
+        description="share of a cold file's bytes that must be alive, else its live blocks are rewritten; 0 = never",
+    )
+    rewrite_mb: StrictInt = Field(
+        default=1_024, ge=0, le=1_048_576, description="MiB of live blocks that one run rewrites so at the most"
+    )
+    merge_files: StrictInt = Field(
+        default=8, ge=2, le=1_000, description="small files of a like size, of one table and cold group, to be merged"
     )
     rest: Seconds = Field(
         default=2.0, ge=0, le=100, description="how long the sink rests after each step, in times as long as it took"
     )
+    storage_mb_per_s: StrictInt | None = Field(
+        default=64, ge=1, le=65_536, description="MiB per second that the sink reads from storage nodes; null = no limit"
+    )
+    storage_reads_per_s: StrictInt | None = Field(
+        default=1_000, ge=1, le=1_000_000, description="questions per second to storage nodes; null = no limit"
+    )
+    cold_mb_per_s: StrictInt | None = Field(
+        default=128,
+        ge=1,
+        le=65_536,
+        description="MiB per second that it writes to cold nodes and reads from them, all copies counted; "
+        "null = no limit",
+    )
+    cold_writes_per_s: StrictInt | None = Field(
+        default=200,
+        ge=1,
+        le=1_000_000,
+        description="pieces of files written and blocks read there per second; null = no limit",
+    )
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        time_zone(name)
+        return name
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> SinkConfig:
+        if self.every is not None and self.cron is not None:
+            raise ValueError("every and cron are both set: write one of them, and null for the other")
+        return self
+
+    def schedule(self) -> Schedule | None:
+        """When the sink runs by itself, None if only by hand."""
+        if self.every is None and self.cron is None:
+            return None
+        return Schedule(every_s=self.every, cron=self.cron, zone=self.time_zone)
 
 
 class ClientConfig(_Section):

@@ -21,9 +21,9 @@ from .cli_common import (
     note,
     progress,
     show,
-    table_of,
     timeout_option,
 )
+from .status_text import describe
 
 _ROOM_BYTES = 1 << 20  # a folder without that much room can't hold a cluster
 
@@ -70,7 +70,7 @@ def up(
     except BaseException:
         note("what runs goes on running: `timetier up` again starts the rest, `timetier down` ends it")
         raise
-    show({**found, "data_dir": str(folder)}, _describe(found), as_json=as_json)
+    show({**found, "data_dir": str(folder)}, describe(found), as_json=as_json)
     return 0 if found["state"] == "serving" else 1
 
 
@@ -130,47 +130,8 @@ def status(data_dir: Path | None, address: str | None, namespace: str | None, as
     from ..actors.launch import cluster_status
 
     found = cluster_status(namespace or NAMESPACE)
-    show(found, _describe(found), as_json=as_json)
+    show(found, describe(found), as_json=as_json)
     return 0 if found["state"] == "serving" else 1
-
-
-def _describe(found: dict[str, Any]) -> str:
-    actors = [found["router"], *found["nodes"]]
-    headings = ["actor", "state", "pid", "reason"]
-    rows = [[actor["node"], actor["state"], str(actor.get("pid", "")), actor.get("reason", "")] for actor in actors]
-    if any(actor.get("zone") for actor in actors):
-        headings.insert(1, "zone")
-        for row, actor in zip(rows, actors, strict=True):
-            row.insert(1, "/".join(part for part in (actor.get("zone"), actor.get("host")) if part))
-    lines = [
-        f"namespace {found['namespace']}: {found['state']}",
-        "",
-        table_of(headings, rows),
-    ]
-    if learners := [actor for actor in found["nodes"] if actor.get("rejoin")]:
-        headings = ["learner", "phase", "from", "timelines", "bytes", "buckets"]
-        lines += ["", table_of(headings, [_rejoin_row(actor) for actor in learners])]
-    figures = [
-        [actor["node"], name, f"{value:,.15g}"]
-        for actor in found["nodes"]
-        for name, value in sorted(actor.get("figures", {}).items())
-        if value
-    ]
-    if figures:
-        lines += ["", table_of(["actor", "figure", "value"], figures)]
-    runs = found["router"].get("runs", [])
-    if runs:
-        rows = [[run["run"], run["state"], str(run.get("rows", "")), str(run.get("blocks", ""))] for run in runs]
-        lines += ["", table_of(["sink run", "state", "rows", "blocks"], rows)]
-    return "\n".join(lines)
-
-
-def _rejoin_row(actor: dict[str, Any]) -> list[str]:
-    """How far a replica that lost its data is with copying it."""
-    rejoin = actor["rejoin"]
-    peer = f"replica {rejoin['peer']}" if rejoin["peer"] >= 0 else ""
-    buckets = f"{rejoin['buckets_done']:,} of {rejoin['buckets']:,}"
-    return [actor["node"], rejoin["phase"], peer, f"{rejoin['timelines']:,}", f"{rejoin['bytes']:,}", buckets]
 
 
 @click.command("map")

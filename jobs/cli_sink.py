@@ -20,11 +20,15 @@ _PATIENCE_S = 60.0  # without an answer of the Router
 @click.option("--before", type=int, help="Sink what is older than this, in the unit of the tables.")
 @click.option("--by-event-time", is_flag=True, help="Go by the items' timestamps alone, whenever they were written.")
 @click.option("--table", help="Only this table.  [default: all]")
+@click.option("--follow", is_flag=True, help="Start nothing: follow the run that is at work.")
+@click.option("--take-over", is_flag=True, help="Start even if a run is at work, which is then fenced and ends.")
 @cluster_options
 def sink(
     before: int | None,
     by_event_time: bool,
     table: str | None,
+    follow: bool,
+    take_over: bool,
     data_dir: Path | None,
     address: str | None,
     namespace: str | None,
@@ -34,11 +38,14 @@ def sink(
 
     Runs as a Ray job, or as a Ray task where Ray has no dashboard.
     """
+    if follow and (before is not None or by_event_time or table is not None or take_over):
+        raise click.UsageError("--follow starts no run, so it takes none of the options of one")
     enter(data_dir, address)
     from ..actors.jobs_client import SUCCEEDED, SinkOptions
 
+    options = None if follow else SinkOptions(before, by_event_time, table, take_over)
     with progress("sinking") as tell:
-        found = asyncio.run(follow_sink(namespace or NAMESPACE, SinkOptions(before, by_event_time, table), tell))
+        found = asyncio.run(follow_sink(namespace or NAMESPACE, options, tell))
     ok = found["state"] == SUCCEEDED
     text = "\n".join(f"{name}: {value}" for name, value in found.items() if value not in ("", None))
     show(found, text, as_json=as_json)
@@ -48,11 +55,21 @@ def sink(
 
 
 async def follow_sink(namespace: str, options: Any, tell: Callable[[int, int | None], None]) -> dict[str, Any]:
+    """Start a run and follow it to its end; `options` None: the one that is at work. Its report, `kind` and `id`.
+
+    Raises Unavailable when another run is at work, or there is none to be followed.
+    """
     from ..actors.jobs_client import ENDED
     from ..actors.router_link import RouterLink
 
     link = RouterLink(namespace)
-    started = await link.call("start_sink", options, timeout_s=60.0)
+    if options is None:
+        running = [run for run in await link.call("runs") if run["state"] not in ENDED]
+        if not running:
+            raise Unavailable("no sink is at work: start one with `timetier sink`")
+        started = {"kind": running[-1].get("kind", ""), "id": running[-1]["run"]}
+    else:
+        started = await link.call("start_sink", options, timeout_s=60.0)
     if started["kind"] == "task":
         note("Ray has no dashboard, and so no job server: the sink runs as a Ray task")
     loop = asyncio.get_running_loop()

@@ -28,6 +28,7 @@ from ..cluster.topology import Topology
 
 _NICENESS = 10  # nobody waits for the sink, and readers may wait for the processor that it has
 _REPORT_PERIOD_S = 0.5
+_HEARTBEAT_S = 5.0  # a run that is not heard of for long is taken for dead
 _REPORTED_ERRORS = 10
 _REPORTED_ERROR_CHARS = 500
 
@@ -70,13 +71,29 @@ async def run_sink(store: ClusterStore, tasks: list[TableSink], run: str, now_us
 
 
 async def _tell(store: ClusterStore, run: str, last: list[SinkProgress]) -> None:
+    told_at = time.monotonic()
     while True:
-        if last:
-            progress = last[-1]
-            last.clear()
-            figures = {"done": progress.buckets_done, "total": progress.buckets_total, **asdict(progress)}
+        if last or time.monotonic() - told_at >= _HEARTBEAT_S:
+            figures: dict[str, Any] = {}
+            if last:
+                progress = last[-1]
+                last.clear()
+                figures = {"done": progress.buckets_done, "total": progress.buckets_total, **asdict(progress)}
             await _report(store, {"run": run, "state": "running", **figures})
+            told_at = time.monotonic()
         await asyncio.sleep(_REPORT_PERIOD_S)
+
+
+async def _is_admitted(store: ClusterStore, run: str, take_over: bool) -> bool:
+    """Whether no other run is at work; also when the Router can't tell, since runs fence each other."""
+    try:
+        other = await store.router_call("admit_sink", run, take_over)
+    except Unavailable as error:
+        print(f"the Router does not tell whether another run is at work: {error}", file=sys.stderr)
+        return True
+    if other:
+        print(f"the sink run {other} is at work, so this one is not needed; --take-over would replace it")
+    return not other
 
 
 async def _report(store: ClusterStore, report: dict[str, Any]) -> None:
@@ -86,10 +103,14 @@ async def _report(store: ClusterStore, report: dict[str, Any]) -> None:
         print(f"the Router did not take the report: {error}", file=sys.stderr)
 
 
-async def _run(namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str) -> bool:
+async def _run(
+    namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str, take_over: bool
+) -> bool:
     now_us = time.time_ns() // 1_000
     store = await connect_async(namespace=namespace)
     try:
+        if not await _is_admitted(store, run, take_over):
+            return True
         if not tables:
             tables = await _tables_with_data(store)
         tasks = tables_to_sink(store.view.routing.topology, tables, before, by_event_time, now_us)
@@ -120,10 +141,13 @@ async def _tables_with_data(store: ClusterStore) -> tuple[str, ...]:
 @click.option("--before", type=int, help="Cut-off instead of the table's cold_after, in the table's unit.")
 @click.option("--by-event-time", is_flag=True, help="Go by the items' timestamps alone, whenever they were written.")
 @click.option("--run", default=None, help="Name of the run in reports, files and links.")
-def main(namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str | None) -> None:
+@click.option("--take-over", is_flag=True, help="Begin even if another run is at work, which is then fenced.")
+def main(
+    namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str | None, take_over: bool
+) -> None:
     """Move old items to the cold tier."""
     try:
-        ok = asyncio.run(_run(namespace, tables, before, by_event_time, run or run_name()))
+        ok = asyncio.run(_run(namespace, tables, before, by_event_time, run or run_name(), take_over))
     except TimeTierError as error:
         print(f"timetier sink: {error}", file=sys.stderr)
         ok = False

@@ -25,6 +25,7 @@ from timetier.actors.launch import cluster_status, start_cluster, stop_cluster
 from timetier.actors.local_ray import LocalRay
 from timetier.actors.router_state import RouterState
 from timetier.actors.shell import SERVES
+from timetier.actors.sink_runs import run_name
 from timetier.cluster.config import Config, load_config
 
 NODES = ["storage-0-0", "storage-0-1", "storage-0-2", "cache-0-0", "cold-0-0", "cold-0-1", "cold-0-2"]
@@ -267,12 +268,13 @@ def test_the_sink_runs_and_reports_under_its_id(cluster: None, kind: str) -> Non
 
     in_store(fill)
     # The session's Ray has a dashboard, so a task is started where the Router would do it without one.
-    run = start_sink(NAMESPACE, options) if kind == "job" else as_task(options.arguments(NAMESPACE))
+    name = run_name(time.time())
+    run = start_sink(NAMESPACE, options, name) if kind == "job" else as_task(options.arguments(NAMESPACE, name))
     assert run.kind == kind
     state, reason = until(lambda: (found := run.state())[0] in ENDED and found, "the sink ends")
     assert (state, reason) == (SUCCEEDED, "")
     runs, items = in_store(read)
-    report = next(found for found in runs if found["run"] == run.id)
+    report = next(found for found in runs if found["run"] == name)
     assert report["state"] == "succeeded"
     assert report["rows"] == 100
     assert report["blocks"] > 0
@@ -280,7 +282,7 @@ def test_the_sink_runs_and_reports_under_its_id(cluster: None, kind: str) -> Non
 
 
 def test_a_sink_that_fails_says_why(ray_session: None, namespace: str) -> None:
-    run = start_sink(namespace, SinkOptions())
+    run = start_sink(namespace, SinkOptions(), run_name(time.time()))
     state, reason = until(lambda: (found := run.state())[0] in ENDED and found, "the sink ends")
     assert state == FAILED
     assert f"no cluster runs in the Ray namespace '{namespace}'" in reason

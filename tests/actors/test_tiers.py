@@ -164,8 +164,8 @@ def test_two_sinks_at_once_and_killed_actors_lose_nothing(table: Table) -> None:
     print(f"seed {seed}")
     model: Model = {}
     fill(table, "both-", model)
-    options = SinkOptions(before=25, by_event_time=True, table=TABLE)
-    runs: list[RunningSink] = [start_sink(NAMESPACE, options), start_sink(NAMESPACE, options)]
+    options = SinkOptions(before=25, by_event_time=True, table=TABLE, take_over=True)
+    runs: list[RunningSink] = [start_sink(NAMESPACE, options, f"sink-{name}") for name in ("first", "second")]
     victims = [random.Random(seed).choice(["storage-0-0", "storage-0-1", "storage-0-2"]), "cold-0-2"]
     pids = {name: node["pid"] for name, node in nodes().items()}
     until(lambda: any(run.state()[0] not in ("pending",) for run in runs), "a run to begin")

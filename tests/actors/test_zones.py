@@ -16,7 +16,7 @@ from timetier.actors.shell import SERVES
 from timetier.cluster.config import CacheConfig, Config, NetworkConfig, StorageConfig, TableConfig, ZonesConfig
 from timetier.cluster.errors import Unavailable
 from timetier.cluster.identity import Refused
-from timetier.jobs.cli_cluster import _describe
+from timetier.jobs.status_text import describe
 
 NAMESPACE = "test-zones"
 MACHINES = {"a1": "a", "a2": "a", "b1": "b", "c1": "c"}
@@ -107,7 +107,7 @@ def test_status_shows_the_zone_and_the_machine_of_each_node(started: dict[str, A
     nodes = {node["node"]: (node["zone"], node["host"]) for node in started["nodes"]}
     assert nodes["storage-1-2"] == ("a", "a2")
     assert nodes["cache-1-0"] == ("b", "")
-    line = next(line for line in _describe(started).splitlines() if line.startswith("storage-1-2"))
+    line = next(line for line in describe(started).splitlines() if line.startswith("storage-1-2"))
     assert line.split()[:3] == ["storage-1-2", "a/a2", "voting"]
 
 

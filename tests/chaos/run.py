@@ -224,7 +224,7 @@ class _Run:
 
         began = time.monotonic()
         try:
-            options = SinkOptions(before=SINK_BEFORE, by_event_time=True, table=TABLE)
+            options = SinkOptions(before=SINK_BEFORE, by_event_time=True, table=TABLE, take_over=True)
             found = asyncio.run(follow_sink(self._system.namespace, options, lambda done, total: None))
             outcome = f"{found['state']}, {found.get('rows', 0)} rows"
         except TimeTierError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from storage_cluster import BUCKETS, StorageCluster, wait_for
 from timetier.cluster.keys import timeline_key
 from timetier.cluster.storage.service import StorageService
-from timetier.jobs.cli_cluster import _describe
+from timetier.jobs.status_text import describe
 
 
 def node(service: StorageService) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def node(service: StorageService) -> dict[str, Any]:
 def text_of(cluster: StorageCluster) -> str:
     router = {"node": "router", "state": "serving"}
     nodes = [node(service) for service in cluster.services.values()]
-    return _describe({"namespace": "test", "state": "degraded", "router": router, "nodes": nodes})
+    return describe({"namespace": "test", "state": "degraded", "router": router, "nodes": nodes})
 
 
 def test_status_shows_a_learner_with_what_it_waits_for_and_how_far_it_is(tmp_path: Path) -> None:
