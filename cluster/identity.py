@@ -24,6 +24,7 @@ import fcntl
 import json
 import os
 import secrets
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ class Identity:
         self.learning: bool = fields["learning"]
         self.fresh = fresh
         self._lock: int | None = lock
+        self._changing = threading.RLock()  # the node's shell and its service change it from different threads
 
     @property
     def life_number(self) -> int:
@@ -92,35 +94,40 @@ class Identity:
 
     def begin_life(self) -> None:
         """Begin a further life, durably. Raises OSError."""
-        self.past = [*self.past, self.life_number][-PAST_LIVES:] if self.boot else []
-        self.boot += 1
-        self.token = self._random_bits(TOKEN_BITS)
-        self._save()
+        with self._changing:
+            self.past = [*self.past, self.life_number][-PAST_LIVES:] if self.boot else []
+            self.boot += 1
+            self.token = self._random_bits(TOKEN_BITS)
+            self._save()
 
     def lose_data(self) -> None:
         """Note durably that what the folder holds counts no more, in any later life either. Raises OSError."""
-        self.incarnation, self.learning = 0, True
-        self._save()
+        with self._changing:
+            self.incarnation, self.learning = 0, True
+            self._save()
 
     def begin_incarnation(self, incarnation: int) -> None:
         """Begin the first life of an incarnation that no peer has seen, durably, as a learner. Raises OSError."""
-        self.incarnation, self.boot, self.learning = incarnation, 0, True
-        self.begin_life()
+        with self._changing:
+            self.incarnation, self.boot, self.learning = incarnation, 0, True
+            self.begin_life()
 
     def end_learning(self) -> None:
         """Note durably that everything was copied and verified: the replica may vote. Raises OSError."""
-        self.learning = False
-        try:
-            self._save()
-        except OSError:
-            self.learning = True
-            raise
+        with self._changing:
+            self.learning = False
+            try:
+                self._save()
+            except OSError:
+                self.learning = True
+                raise
 
     def mark_formatted(self) -> None:
         """Note durably that the Router knows of this folder. Raises OSError."""
-        if not self.formatted:
-            self.formatted = True
-            self._save()
+        with self._changing:
+            if not self.formatted:
+                self.formatted = True
+                self._save()
 
     def close(self) -> None:
         """Release the folder."""

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,30 @@ def test_a_folder_that_is_taken_away_while_it_is_opened_can_be_opened_again(
     identity = open_identity(folder, "c1", "storage-0-0", may_format=False, may_learn=True)
     assert (identity.learning, identity.incarnation) == (True, 0), "it is empty, so all was lost"
     identity.close()
+
+
+def test_two_threads_that_change_an_identity_at_once_both_have_what_they_wrote(tmp_path: Path) -> None:
+    """The shell notes that the Router knows of the folder while the service begins a life as a learner."""
+    for number in range(60):
+        folder = tmp_path / str(number)
+        identity = open_identity(folder, "c1", "storage-0-0", may_format=True)
+        together = threading.Barrier(2)
+
+        def begin_incarnation(identity: Identity = identity, together: threading.Barrier = together) -> None:
+            together.wait()
+            identity.begin_incarnation(7)
+
+        def mark_formatted(identity: Identity = identity, together: threading.Barrier = together) -> None:
+            together.wait()
+            identity.mark_formatted()
+
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(begin_incarnation), threads.submit(mark_formatted)]:
+                done.result()
+        identity.close()
+        again = open_identity(folder, "c1", "storage-0-0", may_format=False)
+        assert (again.incarnation, again.boot, again.formatted, again.learning) == (7, 2, True, True)
+        again.close()
 
 
 def test_the_acknowledgement_is_kept(tmp_path: Path) -> None:
