@@ -29,12 +29,14 @@ from .cluster.errors import (
     VersionConflict,
     WriteManyError,
 )
+from .cluster.explanation import Explanation
 
 __all__ = [
     "AsyncStore",
     "AsyncTable",
     "ConfigError",
     "Corrupt",
+    "Explanation",
     "InvalidRequest",
     "Item",
     "OutcomeUnknown",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..cluster import in_words
 from ..cluster.carriers.base import Carrier
 from ..cluster.carriers.direct import DirectCarrier, host_id
 from ..cluster.client.store import AsyncStore
 from ..cluster.client.view import ClientSettings, settings_of
-from ..cluster.config import Config
-from ..cluster.errors import ConfigError, InvalidRequest
+from ..cluster.config import Config, SinkConfig
+from ..cluster.errors import ConfigError, InvalidRequest, TimeTierError
+from ..cluster.explanation import SinkOutlook
 from ..cluster.topology import Topology
 from .ray_session import connect_ray, is_ray_client
+
+if TYPE_CHECKING:
+    from ..cluster.client.cold_data import LiveData
 
 _SLACK_S = 5.0  # beyond the time that the Router may wait itself
 
@@ -47,9 +53,51 @@ class ClusterStore(AsyncStore):
         """Tell the Router of the progress of a sink run: `run` (id), `state` and figures. Raises Unavailable."""
         await self._link.call("report_run", report)
 
+    async def ray_dataset(self, data: LiveData, parallelism: int) -> Any:
+        """A `ray.data.Dataset` of live rows; its tasks connect to this cluster by themselves."""
+        from .cold_ray import ray_dataset
+
+        return await asyncio.to_thread(ray_dataset, data, self.view.routing.topology.namespace, parallelism)
+
     async def router_call(self, method: str, *arguments: Any, timeout_s: float = 10.0) -> Any:
         """Call a method of the Router. Raises Unavailable when it does not answer."""
         return await self._link.call(method, *arguments, timeout_s=timeout_s)
+
+    async def sink_outlook(self) -> SinkOutlook:
+        """When the sink runs next, and how its last run ended, as the Router tells."""
+        try:
+            status = await self._link.call("status")
+        except TimeTierError as error:
+            return SinkOutlook(reason=f"the Router does not answer: {error.message}")
+        return outlook_of(status, self.config.sink)
+
+
+def outlook_of(status: dict[str, Any], config: SinkConfig) -> SinkOutlook:
+    """What the Router's status tells of the sink."""
+    sink, runs = status.get("sink", {}), status.get("runs", [])
+    last = runs[-1] if runs else {}
+    failed = [run for run in runs if run.get("errors")]
+    error = str(failed[-1]["errors"][0]).strip() if failed else ""
+    waits = ""
+    if config.min_block_kb:
+        waits = (
+            f"a window sinks when it has {config.min_block_kb} KiB of rows that may sink, or when its oldest one has "
+            f"waited for {in_words.duration(config.max_wait)}"
+        )
+    return SinkOutlook(
+        schedule=sink.get("schedule") or "by hand only: `timetier sink`",
+        next_at_us=_us(sink.get("next_at")),
+        last_run=str(last.get("run", "")),
+        last_state=str(last.get("state", "")),
+        last_ended_us=_us(last.get("ended_at")),
+        last_error=f"{failed[-1]['run']}: {error}" if failed else "",
+        waits=waits,
+        reason=str(sink.get("alarm", "")),
+    )
+
+
+def _us(time_s: float | None) -> int | None:
+    return None if time_s is None else round(time_s * 1_000_000)
 
 
 async def connect_async(

@@ -30,13 +30,14 @@ class SinkOptions:
     """What one run of the sink is to do. `before`: cut-off by hand, in the table's unit; None = by the tables' rules.
 
     `by_event_time`: the cut-off looks only at the items' timestamps. `table`: only this one. `take_over`: begin even if
-    another run is at work, which is then fenced.
+    another run is at work, which is then fenced. `check_files`: compare all cold files with all links.
     """
 
     before: int | None = None
     by_event_time: bool = False
     table: str | None = None
     take_over: bool = False
+    check_files: bool = False
 
     def told(self) -> dict[str, Any]:
         """What is not as usual, ready for JSON."""
@@ -53,6 +54,8 @@ class SinkOptions:
             arguments += ["--table", self.table]
         if self.take_over:
             arguments.append("--take-over")
+        if self.check_files:
+            arguments.append("--check-files")
         return arguments
 
 

@@ -141,6 +141,14 @@ class Router:
         """Note durably that `node` has formatted its folder; only then it may vote."""
         self._open().formatted(node)
 
+    async def lose(self, node: str) -> None:
+        """Let a cold node whose folder was lost begin again. Raises InvalidRequest."""
+        self._open().lose(node)
+
+    async def is_lost(self, node: str) -> bool:
+        """Whether `node` may begin again with an empty folder, and copy its files from its peers."""
+        return self._open().is_lost(node)
+
     async def report_run(self, report: dict[str, Any]) -> None:
         """Note the progress of a sink run (`run`, `state` and figures)."""
         self._open()
@@ -186,6 +194,7 @@ class Router:
             "nodes": len(topology.node_names()),
             "registered": len(topology.addresses),
             "folders": state.folders,
+            "restoring": None if topology.restoring is None else msgspec.to_builtins(topology.restoring),
             "places": {node: msgspec.to_builtins(place) for node, place in state.places.items()},
             "runs": state.runs,
             "sink": self._sinks.status(),

@@ -30,7 +30,7 @@ MAX_RUNS = 20
 MAX_CACHE_NODES = 64  # per storage group, as the configuration allows
 _RETRY_AFTER_S = 1.0
 MAX_REPORT_BYTES = 16_384
-GRANTED, FORMATTED = "granted", "formatted"
+GRANTED, FORMATTED, LOST = "granted", "formatted", "lost"
 
 
 class _State(msgspec.Struct):
@@ -123,7 +123,7 @@ class RouterState:
 
     @property
     def folders(self) -> dict[str, str]:
-        """Formatting state per node: `granted` or `formatted`."""
+        """Formatting state per node: `granted`, `formatted`, or `lost` when it may begin again and copy all."""
         return dict(self._state.folders)
 
     def topology(self) -> Topology:
@@ -149,7 +149,7 @@ class RouterState:
     def may_format(self, node: str) -> bool:
         """Whether `node` may format an empty folder: as long as it was never reported formatted."""
         self._check_node(node)
-        if self._state.folders.get(node) == FORMATTED:
+        if self._state.folders.get(node) in (FORMATTED, LOST):
             return False
         if self._state.folders.get(node) != GRANTED:
             self._state.folders[node] = GRANTED
@@ -162,6 +162,22 @@ class RouterState:
         if self._state.folders.get(node) != FORMATTED:
             self._state.folders[node] = FORMATTED
             self._save()
+
+    def lose(self, node: str) -> None:
+        """Let a cold node that was formatted begin again with an empty folder. Raises InvalidRequest."""
+        self._check_node(node)
+        if not node.startswith("cold-"):
+            raise InvalidRequest(f"{node} is no cold node: only these are filled again by a command")
+        if self.config.cold.replicas == 1:
+            raise InvalidRequest(f"{node} has no other replica that could give its files back: restore its folder")
+        if self._state.folders.get(node) == FORMATTED:
+            self._state.folders[node] = LOST
+            self._save()
+
+    def is_lost(self, node: str) -> bool:
+        """Whether `node` may begin again with an empty folder, and copy its files from its peers."""
+        self._check_node(node)
+        return self._state.folders.get(node) == LOST
 
     def admit_cache_nodes(self, count: int, machines: Iterable[NodePlace]) -> dict[str, NodePlace]:
         """Let the cache nodes of a shape with `count` of them a group register, before anybody is told of them.
@@ -215,12 +231,12 @@ class RouterState:
             return False
         if present is not None and present.restore != restore:
             raise InvalidRequest(
-                f"restore {present.restore} is under way: finish that one, or give it up by `timetier restore --abandon`"
+                f"restore {present.restore} is under way: finish that one, or give it up: `timetier restore --abandon`"
             )
-        if phase not in ("", BEGINNING, COPYING) or (phase == BEGINNING and present is not None):
+        if phase == BEGINNING and present is not None:
             return False  # it has come further than that
-        if phase == COPYING and present is None:
-            raise InvalidRequest(f"restore {restore} has not begun")
+        if phase not in ("", BEGINNING, COPYING) or (phase == COPYING and present is None):
+            raise InvalidRequest(f"phase={phase!r}: restore {restore} can't go on so")
         self._state.restoring = wanted
         self._state.epoch += 1
         self._save()

@@ -105,7 +105,7 @@ class NodeActor:
         """The service of this tier, from `topology`, `carrier`, `config` and `identity`. It is started later."""
         raise AssertionError("each tier makes its own")
 
-    def may_learn(self) -> bool:
+    async def may_learn(self) -> bool:
         """Whether the node copies its data from its peers when its folder is empty, but was formatted before."""
         return False
 
@@ -213,7 +213,7 @@ class NodeActor:
                     self.topology.cluster_id,
                     self.spec.name,
                     may_format=may_format,
-                    may_learn=self.may_learn(),
+                    may_learn=await self.may_learn(),
                 )
             except (FolderLocked, FolderGone) as error:
                 # The former process of this actor may need a moment to end; a disk may be changed just then.

@@ -31,7 +31,7 @@ class StorageNode(NodeActor):
         )
         return self._storage
 
-    def may_learn(self) -> bool:
+    async def may_learn(self) -> bool:
         return self.config.storage.rejoin and self.topology.storage_replicas > 1
 
     def allow_votes(self) -> None:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,11 +326,13 @@ class Helper:
 # ---------------------------------------------------------------- the benchmark
 
 
-async def measure(folder: Path, size: Size, turns: int, *, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All phases in turns; figures ready for JSON."""
+async def measure(
+    folder: Path, size: Size, turns: int, *, tell: Callable[[str], None], phases: Sequence[str] = PHASES
+) -> dict[str, Any]:
+    """The phases, `QUIET` among them, in turns; figures ready for JSON."""
     config = config_in(folder)
-    found: dict[str, list[Latencies]] = {phase: [] for phase in PHASES}
-    done: dict[str, list[int]] = {SCAN: [], SINK: []}
+    found: dict[str, list[Latencies]] = {phase: [] for phase in phases}
+    done: dict[str, list[int]] = {phase: [] for phase in phases if phase != QUIET}
     with NodeProcesses(folder, config):
         store = open_store(folder, config)
         tell("loading and sinking")
@@ -338,10 +340,10 @@ async def measure(folder: Path, size: Size, turns: int, *, tell: Callable[[str],
         mix = HotMix(store.table("hot"), size, 2)
         await _until_evicted(store)
         await mix.run(size.phase_s / 2)
-        helpers = {role: Helper(role, folder, config, quick=size is QUICK) for role in (SCAN, SINK)}
+        helpers = {role: Helper(role, folder, config, quick=size is QUICK) for role in done}
         try:
             for turn in range(turns):
-                for phase in PHASES:
+                for phase in phases:
                     tell(f"turn {turn + 1} of {turns}: {phase}")
                     if phase == QUIET:
                         found[phase].append(await mix.run(size.phase_s))
@@ -383,7 +385,8 @@ def _spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
+    """The figures of `measure`, for people."""
     print(f"hot mix at {report['rate_per_s']:g} a second, {report['turns']} turns, {report['sunk_rows']} cold rows")
     print(f"{'beside':8} {'p50 ms':>8} {'p99 ms':>8} {'(min-max)':>16} {'p99 to quiet':>13} {'(min-max)':>14} done/s")
     for phase, figures in report["phases"].items():
@@ -420,7 +423,7 @@ def main(
     if as_json:
         print(json.dumps(report))
     else:
-        _print(report)
+        print_report(report)
 
 
 if __name__ == "__main__":

@@ -1,323 +1,197 @@
-"""Cold reads: single items that have sunk, beside a raw read and decode of the very same block.
+"""What the cold tier costs and gives, in figures.
 
-    python -m benchmarks.cold [--json] [--blocks 60] [--rows 4096] [--block-rows N]
+    python -m benchmarks.cold [--json] [--part PART ...] [--quick] [--timelines 1000000]
+    python -m benchmarks.cold_table REPORT.json     # the table of docs/performance.md
 
-Each block is read once for the figures "from disk" or "page cache", so it is in nobody's memory, and then once more
-for "decoded", for another owner, which finds it decoded in the cold node. Before a read from disk the kernel is told
-to forget the pages of the block. `benchmarks.compare` does this in its own cluster; by itself, this program starts a
-cluster of processes (`nodes.py`) and tells the CPU of each tier as well, and what the read of an item whose page is in
-memory takes there.
+- `sink` (`cold_sink.py`): real events sunk in full: items a second, bytes of an item by tier, blocks, files, readers
+- `beside` (`beside.py`): p99 of hot reads while a sink runs, to that of quiet periods in between
+- `reads` (`cold_reads.py`): latency of a cold read, CPU by tier, reads from files; `pread` and decoding of the block
+- `scrub` (`cold_scrub.py`): MB/s that a cold node checks, and what its reads take meanwhile; MB/s of repairs
+- `rebuild` (`cold_disks.py`): MiB/s at which a lost disk comes back from its peers
+- `idle` (`cold_idle.py`): a run of the sink with nothing to do, with many timelines
+- `encodings` (`cold_encodings.py`): bytes, CPU and time of a read for each way to write a block
+
+Each part has clusters of its own: processes, without Ray, in a temporary folder. Without `--part` all of them run. What
+goes on is told on stderr.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
+import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from timetier.cluster.client.store import AsyncStore, AsyncTable
-from timetier.cluster.cold.block import decode_block, read_index
 from timetier.cluster.cold.sink_calls import SinkSettings
-from timetier.cluster.cold.sink_script import TableSink, sink
-from timetier.cluster.cold.sinking import chosen_cut_offs
-from timetier.cluster.config import Config
-from timetier.cluster.drive import drive
-from timetier.cluster.errors import Unavailable
-from timetier.cluster.keys import bucket_of, item_keys_timestamps, timeline_key
-from timetier.jobs.bench_data import Dataset
-from timetier.jobs.bench_report import spread
+from timetier.jobs.sample import SAMPLE, SAMPLE_COLUMNS
 
-from .nodes import NodeProcesses, open_store
-from .processes import Spinners, cpu_by_part
+from . import beside, cold_disks, cold_encodings, cold_idle, cold_reads, cold_scrub, cold_sink
+from .machine import describe_machine
+from .processes import Spinners
 
-TABLE = "bench-cold"
-_PER_OWNER = 128
-_STEP_US = 60_000_000
-_WINDOWS_AGO = 24
-_OWNERS_PER_CALL = 64
-_START_S = 30.0
-_AROUND_BYTES = 1 << 20
-_DONTNEED = os.POSIX_FADV_DONTNEED
-TIERS = ("client", "cache", "storage", "cold")
-
-Tell = Callable[[int, int | None], None]
-Sink = Callable[[str, int], Awaitable[None]]
-"""Moves a table's items older than an instant (its unit) to the cold tier. Raises RuntimeError."""
-Cpu = Callable[[], dict[str, float]]
+_MILLION = 1_000_000
+_SCRUB_MB, _SCRUB_READS_S = 256, 3.0
+_REBUILD_MB = 500
 
 
 @dataclass(frozen=True)
-class ColdBlock:
-    """Where a block lies in each copy of its file, and two items (owner and timestamp) in it."""
+class Options:
+    """What is asked for; the names are those of the command line's options."""
 
-    files: list[Path]
-    offset: int
-    length: int
+    quick: bool
+    blocks: int
     rows: int
-    items: list[tuple[str, int]]
+    buckets: int
+    turns: int
+    timelines: int
+    seed: int
+    settings: SinkSettings
 
 
-class ColdReads:
-    """Loads old items into some buckets only, so that their blocks are of full size, and sinks them."""
-
-    def __init__(self, store: AsyncStore, folder: Path, sink_table: Sink, seed: int, *, cpu: Cpu | None = None) -> None:
-        """`folder`: where the cold nodes' folders are. `cpu`: seconds by part, read before and after each read."""
-        self.cpu_us: dict[str, list[dict[str, float]]] = {}  # of each read, by way of reading and part
-        self._store, self._folder, self._sink = store, folder, sink_table
-        self._table: AsyncTable = store.table(TABLE)
-        self._random = random.Random(seed)
-        self._cpu = cpu
-        self._blocks: list[ColdBlock] = []
-        self._data: Dataset
-
-    async def prepare(self, blocks: int, rows: int, tell: Tell) -> dict[str, Any]:
-        """Load and sink about `rows` rows in each of `blocks` buckets; figures of what came out."""
-        window = self._table.policy.window
-        start = (int(time.time() * 1e6) // window - _WINDOWS_AGO) * window
-        owners = self._owners(blocks, max(2, rows // _PER_OWNER))
-        names = [name for bucket in owners.values() for name in bucket]
-        numbers = max(int(name[-8:]) for name in names) + 1
-        self._data = Dataset("cold-", numbers, start, _STEP_US, per_owner=_PER_OWNER)
-        times = [start + at * _STEP_US for at in range(_PER_OWNER)]
-        for first in range(0, len(names), _OWNERS_PER_CALL):
-            chunk = names[first : first + _OWNERS_PER_CALL]
-            await self._table.put_many([self._data.write(name, at) for name in chunk for at in times])
-            tell(first + len(chunk), len(names))
-        await self._sink(TABLE, start + window)
-        await _until_evicted(self._store)
-        self._blocks = self._find()
-        return {
-            "blocks": len(self._blocks),
-            "rows": len(names) * _PER_OWNER,
-            "rows_a_block": round(float(np.mean([block.rows for block in self._blocks]))),
-            "bytes_a_block": round(float(np.mean([block.length for block in self._blocks]))),
-        }
-
-    async def measure(self, part: int, parts: int) -> dict[str, list[float]]:
-        """Read the blocks of part number `part` of `parts`: half of them from disk, half from the page cache.
-
-        Microseconds of each read, by way of reading. Raises RuntimeError for a wrong value.
-        """
-        found: dict[str, list[float]] = {}
-        mine = self._blocks[part::parts]
-        for at, block in enumerate(mine):
-            from_disk = at % 2 == 0
-            how = "disk" if from_disk else "page_cache"
-            first, second = block.items
-            raw = self._raw(block, from_disk)
-            (_drop if from_disk else _read)(block)
-            read = await self.get(*first, how)
-            decoded = await self.get(*second, "decoded")
-            for name, took in ((f"raw_{how}", raw), (how, read), ("decoded", decoded)):
-                found.setdefault(name, []).append(round(took * 1e6, 1))
-        return found
-
-    async def get(self, owner: str, timestamp: int, how: str) -> float:
-        """Read one item; seconds that it took. CPU is noted under `how`. Raises RuntimeError for a wrong value."""
-        before = self._cpu() if self._cpu is not None else {}
-        began = time.perf_counter()
-        item = await self._table.get(owner, timestamp)
-        took = time.perf_counter() - began
-        if self._cpu is not None:
-            self.cpu_us.setdefault(how, []).append(
-                {name: 1e6 * (spent - before[name]) for name, spent in self._cpu().items()}
-            )
-        if item is None or item.value != self._data.value(owner, timestamp):
-            raise RuntimeError(f"the item of {owner} at {timestamp} was not read as it had been written")
-        return took
-
-    async def in_memory(self, reads: int) -> list[float]:
-        """Microseconds of reads of an item whose page the cache node has."""
-        owner, timestamp = f"{self._data.prefix}{self._data.owners:08d}", self._data.base
-        await self._table.put(owner, timestamp, self._data.value(owner, timestamp))
-        await self._table.timeline(owner)
-        return [round(1e6 * await self.get(owner, timestamp, "memory"), 1) for _ in range(reads)]
-
-    def _owners(self, blocks: int, owners_a_block: int) -> dict[int, list[str]]:
-        """Owners by bucket, for so many buckets."""
-        buckets = self._store.view.routing.topology.buckets
-        if blocks > buckets:
-            raise ValueError(f"{blocks} blocks of {buckets} buckets: there is one a bucket")
-        wanted = set(self._random.sample(range(buckets), blocks))
-        found: dict[int, list[str]] = {bucket: [] for bucket in wanted}
-        number, left = 0, blocks * owners_a_block
-        while left:
-            name = f"cold-{number:08d}"
-            mine = found.get(bucket_of(timeline_key(TABLE.encode(), name.encode(), buckets)))
-            if mine is not None and len(mine) < owners_a_block:
-                mine.append(name)
-                left -= 1
-            number += 1
-        return found
-
-    def _find(self) -> list[ColdBlock]:
-        """One block of each bucket, the largest, as the files tell of them."""
-        copies: dict[str, list[Path]] = {}
-        for path in self._folder.glob("cold-*/disk-*/*.arrow"):
-            copies.setdefault(path.name, []).append(path)
-        found: dict[int, ColdBlock] = {}
-        for paths in copies.values():
-            index = read_index(str(paths[0]))
-            if index.table != TABLE.encode():
-                continue
-            for entry in index.blocks:
-                known = found.get(entry.bucket)
-                if known is None or known.rows < entry.rows:
-                    items = self._items_of(paths[0], entry.offset, entry.length)
-                    found[entry.bucket] = ColdBlock(paths, entry.offset, entry.length, entry.rows, items)
-        blocks = list(found.values())
-        self._random.shuffle(blocks)
-        return blocks
-
-    def _items_of(self, path: Path, offset: int, length: int) -> list[tuple[str, int]]:
-        """Two items of a block, of two owners if it has them."""
-        rows = decode_block(_pread(path, offset, length)).all_rows()
-        timestamps = item_keys_timestamps(rows.keys)
-        by_owner: dict[str, list[int]] = {}
-        for owner, timestamp in zip(rows.owners, timestamps.tolist(), strict=True):
-            by_owner.setdefault(owner.decode(), []).append(timestamp)
-        names = self._random.sample(sorted(by_owner), min(2, len(by_owner)))
-        return [(name, self._random.choice(by_owner[name])) for name in (names[0], names[-1])]
-
-    @staticmethod
-    def _raw(block: ColdBlock, from_disk: bool) -> float:
-        """Seconds of a `pread` of the block and its decoding, in this process."""
-        (_drop if from_disk else _read)(block)
-        began = time.perf_counter()
-        decode_block(_pread(block.files[0], block.offset, block.length))
-        return time.perf_counter() - began
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def _pread(path: Path, offset: int, length: int) -> bytes:
-    file = os.open(path, os.O_RDONLY)
+def _sink(folder: Path, options: Options) -> dict[str, Any]:
+    return asyncio.run(
+        cold_sink.measure(folder, SAMPLE, SAMPLE_COLUMNS, buckets=options.buckets, tell=_tell, quick=options.quick)
+    )
+
+
+def _beside(folder: Path, options: Options) -> dict[str, Any]:
+    size = beside.QUICK if options.quick else beside.FULL
+    return asyncio.run(beside.measure(folder, size, options.turns, tell=_tell, phases=(beside.QUIET, beside.SINK)))
+
+
+def _reads(folder: Path, options: Options) -> dict[str, Any]:
+    def tell(done: int, total: int | None) -> None:
+        if done == total:
+            _tell("reading")
+
+    spinners = Spinners()
+    spinners.start()
     try:
-        return os.pread(file, length, offset)
+        return asyncio.run(
+            cold_reads.measure(folder, options.blocks, options.rows, options.settings, options.seed, tell)
+        )
     finally:
-        os.close(file)
+        spinners.stop()
 
 
-def _drop(block: ColdBlock) -> None:
-    """Have the kernel forget what it holds of a block, and of its neighbours, which it may have read along."""
-    for path in block.files:
-        file = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(file, max(0, block.offset - _AROUND_BYTES), block.length + 2 * _AROUND_BYTES, _DONTNEED)
-        os.close(file)
+def _scrub(folder: Path, options: Options) -> dict[str, Any]:
+    _tell("scrubbing")
+    mb, seconds = (cold_scrub.FILE_MB, 0.5) if options.quick else (_SCRUB_MB, _SCRUB_READS_S)
+    return cold_scrub.measure(folder, mb=mb, seconds=seconds, seed=options.seed)
 
 
-def _read(block: ColdBlock) -> None:
-    for path in block.files:
-        _pread(path, block.offset, block.length)
+def _show_scrub(found: dict[str, Any]) -> None:
+    print(cold_scrub.text_of(found))
 
 
-# ---------------------------------------------------------------- by itself
+def _rebuild(folder: Path, options: Options) -> dict[str, Any]:
+    return asyncio.run(cold_disks.measure_rebuild(folder, 8 if options.quick else _REBUILD_MB, tell=_tell))
 
 
-async def measure(folder: Path, blocks: int, rows: int, settings: SinkSettings, seed: int) -> dict[str, Any]:
-    """All figures, in a cluster in `folder`; ready for JSON."""
-    config = Config.from_json(json.dumps({"data_dir": str(folder), "default_table": {"timestamp_unit": "us"}}))
-    with NodeProcesses(folder, config) as nodes:
-        store = open_store(folder, config)
-        tiers = {tier: [pid for name, pid in nodes.pids.items() if name.startswith(tier)] for tier in TIERS}
-        tiers["client"] = [os.getpid()]
-
-        async def sink_table(table: str, before: int) -> None:
-            policy = store.view.routing.policy(table)
-            cut_offs = chosen_cut_offs(policy, time.time_ns() // 1_000, before=before, by_event_time=True)
-            task = TableSink(table.encode(), policy, cut_offs)
-            report = await drive(sink(store.view, [task], run="cold", now_us=0, settings=settings), store.carrier)
-            if report.errors or report.rows != blocks * max(2, rows // _PER_OWNER) * _PER_OWNER:
-                raise RuntimeError(f"the sink moved {report.rows} rows: {report.errors}")
-
-        await _until_it_answers(store)
-        reads = ColdReads(store, folder, sink_table, seed, cpu=lambda: cpu_by_part(tiers))
-        about = await reads.prepare(blocks, rows, lambda done, total: None)
-        memory = await reads.in_memory(200)
-        times = {**await reads.measure(0, 1), "memory": memory[20:]}
-        await store.close()
-    cpu = {
-        how: {tier: round(float(np.median([one[tier] for one in found])), 1) for tier in TIERS}
-        for how, found in reads.cpu_us.items()
-    }
-    return {**about, "us": {name: _spread(found) for name, found in times.items()}, "cpu_us": cpu, "samples": times}
+def _show_rebuild(found: dict[str, Any]) -> None:
+    print(
+        f"a disk with {found['bytes'] / cold_disks.MIB:,.0f} MiB came back in {found['seconds']:.2f} s: "
+        f"{found['mb_per_s']:,.1f} MiB/s; cp and fsync of the same files: {found['cp_and_fsync_mb_per_s']:,.1f} MiB/s"
+    )
 
 
-def _spread(times: list[float]) -> dict[str, float]:
-    return {**spread(times), "p90": round(float(np.percentile(times, 90)), 1)}
+def _idle(folder: Path, options: Options) -> dict[str, Any]:
+    return asyncio.run(cold_idle.measure(folder, options.timelines, tell=_tell))
 
 
-async def _until_it_answers(store: AsyncStore) -> None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        try:
-            await store.table(TABLE).timeline("nobody")
-            return
-        except Unavailable:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.1)
+def _encodings(folder: Path, options: Options) -> dict[str, Any]:
+    rows = cold_encodings.load(SAMPLE, SAMPLE_COLUMNS, _MILLION)
+    return cold_encodings.study(rows, folder, options.seed)
 
 
-async def _until_evicted(store: AsyncStore) -> None:
-    """Wait until the storage nodes have no work left that the sink gave them."""
-    deadline = time.monotonic() + 2 * _START_S
-    while True:
-        nodes = (await store.status())["nodes"]
-        if not any(node.get("chores", 1) for name, node in nodes.items() if name.startswith("storage")):
-            return
-        if time.monotonic() > deadline:
-            raise RuntimeError("the storage nodes still evict rows a minute after the sink")
-        await asyncio.sleep(0.2)
+@dataclass(frozen=True)
+class Part:
+    """A part of the benchmark: measures in a folder of its own, and prints for people."""
+
+    measure: Callable[[Path, Options], dict[str, Any]]
+    show: Callable[[dict[str, Any]], None]
 
 
-def _print(report: dict[str, Any]) -> None:
-    print(f"{report['blocks']} blocks of {report['rows_a_block']:,} rows, {report['bytes_a_block']:,} bytes on disk")
-    print(f"{'us':32} {'p50':>8} {'p90':>8} {'min':>8}   CPU us: {' '.join(f'{tier:>8}' for tier in TIERS)}")
-    for name, title in (
-        ("raw_disk", "pread and decode, from disk"),
-        ("disk", "cold read, from disk"),
-        ("raw_page_cache", "pread and decode, page cache"),
-        ("page_cache", "cold read, page cache"),
-        ("decoded", "cold read, block decoded already"),
-        ("memory", "read of a page in memory"),
-    ):
-        found = report["us"][name]
-        cpu = report["cpu_us"].get(name, {})
-        told = " ".join(f"{cpu[tier]:8,.0f}" for tier in TIERS) if cpu else ""
-        print(f"{title:32} {found['median']:8,.0f} {found['p90']:8,.0f} {found['min']:8,.0f}           {told}")
-    for how in ("disk", "page_cache"):
-        ratio = report["us"][how]["median"] / report["us"][f"raw_{how}"]["median"]
-        print(f"cold read to pread and decode, {how.replace('_', ' ')}: {ratio:.1f}x")
+PARTS: dict[str, Part] = {
+    "sink": Part(_sink, cold_sink.print_sink),
+    "beside": Part(_beside, beside.print_report),
+    "reads": Part(_reads, cold_reads.print_reads),
+    "scrub": Part(_scrub, _show_scrub),
+    "rebuild": Part(_rebuild, _show_rebuild),
+    "idle": Part(_idle, cold_idle.print_idle),
+    "encodings": Part(_encodings, cold_encodings.print_study),
+}
+
+
+def run(parts: Sequence[str], options: Options) -> dict[str, Any]:
+    """The figures of each part, and how long it took; ready for JSON."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="tt-cold-") as folder:
+        found["machine"] = describe_machine(Path(folder))
+    for name in parts:
+        _tell(f"part {name}")
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="tt-cold-") as folder:
+            found[name] = PARTS[name].measure(Path(folder), options)
+        found[name]["took_s"] = round(time.perf_counter() - began, 1)
+    return found
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--blocks", type=click.IntRange(2, 1_024), default=60, show_default=True, help="Buckets with old items.")
-@click.option("--rows", type=click.IntRange(16, 1_048_576), default=4_096, show_default=True, help="Rows of a bucket.")
-@click.option("--block-rows", type=click.IntRange(16), help="Rows of a block at most.  [default: the sink's]")
+@click.option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="Repeatable.  [default: all]")
+@click.option("--quick", is_flag=True, help="Little data: to see that it works.")
+@click.option("--blocks", type=click.IntRange(2, 1_024), default=60, show_default=True, help="reads: buckets.")
+@click.option(
+    "--rows", type=click.IntRange(16, 1_048_576), default=4_096, show_default=True, help="reads: of a bucket."
+)
+@click.option("--block-rows", type=click.IntRange(16), help="reads: rows of a block.  [default: the sink's]")
+@click.option("--buckets", type=click.IntRange(64, 131_072), default=1_024, show_default=True, help="sink: buckets.")
+@click.option("--turns", type=click.IntRange(1, 100), default=beside.TURNS, show_default=True, help="beside: periods.")
+@click.option(
+    "--timelines", type=click.IntRange(1), default=100_000, show_default=True, help="idle: how many there are."
+)
 @click.option("--seed", default=1, show_default=True, help="Decides what is read.")
-def main(as_json: bool, blocks: int, rows: int, block_rows: int | None, seed: int) -> None:
-    """What a read of an item in the cold tier takes."""
-    settings = SinkSettings() if block_rows is None else SinkSettings(block_rows=block_rows)
-    spinners = Spinners()
-    spinners.start()
-    try:
-        with tempfile.TemporaryDirectory(prefix="tt-cold-") as name:
-            report = asyncio.run(measure(Path(name), blocks, rows, settings, seed))
-    finally:
-        spinners.stop()
+def main(
+    as_json: bool,
+    parts: tuple[str, ...],
+    quick: bool,
+    blocks: int,
+    rows: int,
+    block_rows: int | None,
+    buckets: int,
+    turns: int,
+    timelines: int,
+    seed: int,
+) -> None:
+    """Figures of the cold tier."""
+    options = Options(
+        quick=quick,
+        blocks=4 if quick else blocks,
+        rows=512 if quick else rows,
+        buckets=buckets,
+        turns=1 if quick else turns,
+        timelines=1_000 if quick else timelines,
+        seed=seed,
+        settings=SinkSettings() if block_rows is None else SinkSettings(block_rows=block_rows),
+    )
+    report = run(parts or list(PARTS), options)
     if as_json:
         print(json.dumps(report))
-    else:
-        _print(report)
+        return
+    for name in parts or PARTS:
+        print(f"\n{name} ({report[name]['took_s']} s)")
+        PARTS[name].show(report[name])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from timetier.cluster.client.page_reads import PageResults
 from timetier.cluster.counters import Counters
 from timetier.cluster.keys import MIN_TIMESTAMP, digest_seed, item_key, priority_index, timeline_digest, timeline_key
 from timetier.cluster.memory.columns import Glance, ItemGlance, PageGlance
-from timetier.cluster.memory.glances import Glances, Label
+from timetier.cluster.memory.glances import MAX_REPLICAS, Glances, Label
 from timetier.cluster.memory.incarnations import Incarnations
 from timetier.cluster.memory.page_cache import PageCache
 from timetier.cluster.memory.pages import Page, Rows
@@ -92,7 +92,7 @@ class Budget:
         page = Page.of(rows, version=VERSION, low=b"", high=b"", horizon=MIN_TIMESTAMP)
         digest, order = timeline_digest(timeline, SEED), priority_index(timeline, len(NAMES))
         mark = self._replicas[NAMES[0]].mark
-        page.label = Label(digest, VERSION, mark, order).packed()
+        page.label = Label(digest, VERSION, (mark,) * MAX_REPLICAS, order).packed()
         self._cache.put(timeline, page)
         for replica in self._replicas.values():
             replica.mark = mark  # as if each page had been read from each of them

@@ -24,7 +24,7 @@ from timetier.jobs.bench_report import merging, storage_counters
 from timetier.jobs.bench_workloads import WORKLOADS, Bench, Subject, Workload, check, check_pages, client_cpu, load
 from timetier.jobs.cli_sink import follow_sink
 
-from .cold import ColdReads
+from .cold_reads import ColdReads
 from .processes import cpu_by_part
 
 NAMESPACE = "timetier-compare"

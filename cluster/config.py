@@ -74,6 +74,7 @@ Duration = Annotated[StrictFloat, BeforeValidator(parse_duration), Field(ge=0, l
 
 Replicas = Annotated[Literal[1, 3], BeforeValidator(_whole_number)]
 Seconds = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Price = Annotated[StrictFloat, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 FullPath = Annotated[Path, AfterValidator(_absolute)]
 
 
@@ -239,6 +240,12 @@ class CacheConfig(_Section):
         le=65_536,
         description="MiB of rows and blocks that a node may be fetching at a time: how many fetches go side by side",
     )
+    block_reads: StrictInt = Field(
+        default=32,
+        ge=1,
+        le=4_096,
+        description="cold blocks that a node may be reading at a time, over all its readers; others wait in line",
+    )
     stall_ms: StrictInt = Field(
         default=20,
         ge=1,
@@ -255,12 +262,54 @@ class ColdConfig(_Section):
         default=3, description="copies of each block; with 3 any one may be lost, with 1 nothing may"
     )
     disks: StrictInt = Field(default=1, ge=1, le=64, description="folders per cold node, one for each disk")
+    disk_dirs: list[FullPath] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="a folder on each disk, in an order that never changes; the nodes of a machine share them. "
+        "null = folders below the data folder",
+    )
+    disk_timeout_s: Seconds = Field(
+        default=30.0, ge=1, le=3_600, description="seconds after which a disk that does not answer a read is taken out"
+    )
+    rebuild_mb_per_s: StrictInt = Field(
+        default=64,
+        ge=1,
+        le=65_536,
+        description="MiB per second that a cold node copies at the most to fill replaced disks",
+    )
+    rejoin: StrictBool = Field(
+        default=False,
+        description="whether a cold node whose folder was lost begins again by itself and copies all; only where "
+        "data_dir, or each of disk_dirs, is a mount point, since else its disk may only be unmounted",
+    )
     read_threads: StrictInt = Field(
-        default=4, ge=1, le=256, description="block reads that a cold node does at the same time"
+        default=4, ge=1, le=256, description="block reads at the same time from each disk of a cold node"
     )
     block_cache_mb: StrictInt = Field(
         default=16, ge=0, le=1_048_576, description="MiB of decoded blocks per cold node; 0 keeps none"
     )
+    scrub_mb_per_s: Annotated[float, Field(ge=0, le=100_000, allow_inf_nan=False)] = Field(
+        default=10.0,
+        description="MB/s at which a cold node reads and checks all its files, round after round; 10 are 6 TB a week; "
+        "0 = only by hand, with `timetier scrub --now`",
+    )
+    scrub_every: Duration = Field(
+        default=7 * 86_400.0,
+        ge=60,
+        description="time from one such round's start to the next one's; a round that takes longer is followed at once",
+    )
+
+    @model_validator(mode="after")
+    def _one_folder_a_disk(self) -> ColdConfig:
+        if self.disk_dirs is not None:
+            if len(self.disk_dirs) != self.disks:
+                raise ValueError(
+                    f"disk_dirs has {len(self.disk_dirs)} folders and disks is {self.disks}: name one for each disk"
+                )
+            if len(set(self.disk_dirs)) != self.disks:
+                raise ValueError("disk_dirs names a folder twice: each disk needs its own")
+        return self
 
 
 class SinkConfig(_Section):
@@ -311,7 +360,10 @@ class SinkConfig(_Section):
         default=2.0, ge=0, le=100, description="how long the sink rests after each step, in times as long as it took"
     )
     storage_mb_per_s: StrictInt | None = Field(
-        default=64, ge=1, le=65_536, description="MiB per second that the sink reads from storage nodes; null = no limit"
+        default=64,
+        ge=1,
+        le=65_536,
+        description="MiB per second that the sink reads from storage nodes; null = no limit",
     )
     storage_reads_per_s: StrictInt | None = Field(
         default=1_000, ge=1, le=1_000_000, description="questions per second to storage nodes; null = no limit"
@@ -460,6 +512,16 @@ class ZonesConfig(_Section):
         return names
 
 
+class PricesConfig(_Section):
+    """What a GB (10^9 bytes) costs a month in each tier: only for what `timetier tiers` prints. The defaults are
+    examples in the proportions that are usual, nobody's offer."""
+
+    memory_gb_month: Price = Field(default=3.0, description="price of one GB of memory for a month")
+    storage_gb_month: Price = Field(default=0.1, description="price of one GB of SSD for a month, of one copy")
+    cold_gb_month: Price = Field(default=0.02, description="price of one GB of cheap disk for a month, of one copy")
+    currency: str = Field(default="USD", min_length=1, max_length=16, description="what the prices are in, as text")
+
+
 class TableConfig(_Section):
     """Policy of one table."""
 
@@ -523,6 +585,7 @@ class Config(_Section):
         default=None, description="where nodes live; null = wherever Ray places them, and any two may share a machine"
     )
     network: NetworkConfig = Field(default=NetworkConfig(), description="how nodes listen")
+    prices: PricesConfig = Field(default=PricesConfig(), description="what each tier costs, for `timetier tiers`")
     tables: dict[str, TableConfig] = Field(
         default_factory=dict,
         max_length=10_000,

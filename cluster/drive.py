@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from .carriers.base import CallError, Carrier
 from .effects import Call, CallFailed, Script, Sleep
+from .errors import InvalidRequest
 from .messages import Message, Ping
 
 T = TypeVar("T")
+
+_LOOP_TURNS_S = 10.0  # an event loop whose thread is held for so long is taken for one that waits for its caller
 
 _Result = Message | CallFailed | Exception | None
 
@@ -143,6 +147,28 @@ class Running(Generic[T]):
         self.is_over = True
         self.value, self.error = value, error
         self._done(self)
+
+
+def run_from_thread(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], *, patience_s: float = _LOOP_TURNS_S
+) -> T:
+    """Result of a coroutine that runs on `loop`, for another thread, which waits for it.
+
+    Raises InvalidRequest when the loop does not turn for `patience_s` seconds, as when its own thread waits for the
+    caller.
+    """
+    begun = threading.Event()
+    try:
+        loop.call_soon_threadsafe(begun.set)
+    except RuntimeError:  # it is closed
+        coroutine.close()
+        raise InvalidRequest("the event loop of the store is closed: connect again") from None
+    if not begun.wait(patience_s):
+        coroutine.close()
+        raise InvalidRequest(
+            "the event loop of the store does not turn: it waits for this very call; use `await asyncio.to_thread(...)`"
+        )
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
 
 async def drive(script: Script[T], carrier: Carrier) -> T:

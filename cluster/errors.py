@@ -117,7 +117,16 @@ class WriteManyError(TimeTierError):
 
 
 class Corrupt(TimeTierError):
-    """Bytes on disk are damaged, and no good copy was found."""
+    """Bytes on disk are damaged, and no good copy was found.
+
+    `file`, `offset`: the cold block, "" and -1 if it is none. Where a call asked for several items or timelines,
+    `results` has what was found of the others: for each, in the order of the call, what the call would have returned,
+    or its error.
+    """
+
+    file: str = ""
+    offset: int = -1
+    results: Sequence[Any] = ()
 
 
 class ProtocolError(TimeTierError):

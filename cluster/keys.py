@@ -70,6 +70,11 @@ def is_system(timeline: bytes) -> bool:
     return len(timeline) == 6
 
 
+def is_internal(table: bytes | str) -> bool:
+    """Whether a table is the store's own: no application can name it, it does not sink and is not listed."""
+    return table[:1] in (b"_", "_")
+
+
 def bucket_of(timeline: bytes) -> int:
     """Bucket in which a timeline key lies."""
     return int(_BUCKET.unpack_from(timeline)[0])

@@ -5,8 +5,20 @@ from __future__ import annotations
 import msgspec
 
 from .carriers.base import Address
+from .keys import is_internal
 
 FORMAT = 1  # of this document and of the data folders; a node refuses a greater one
+
+
+BEGINNING, COPYING = "beginning", "copying"
+
+
+class Restoring(msgspec.Struct, frozen=True):
+    """A restore from a backup is under way. `restore`: its name. `phase`: `BEGINNING` until every storage replica was
+    found empty, then `COPYING`."""
+
+    restore: str
+    phase: str
 
 
 class TablePolicy(msgspec.Struct, frozen=True):
@@ -27,6 +39,7 @@ class Topology(msgspec.Struct, frozen=True):
     Node names are `storage-G-R`, `cache-G-N` and `cold-G-R` (group, replica or number).
     `default_table`: policy of tables that are not listed, or None when only listed ones exist.
     `secret`: shared by all members, hex; the direct carrier's challenge is answered with it.
+    `restoring`: while it is set, nobody may read or write.
     `map_checksum`: of the static map that the cluster was created with; `static_map`: that map, b"" where it is
     the one that ships with the package (too large to be sent around).
     """
@@ -48,6 +61,7 @@ class Topology(msgspec.Struct, frozen=True):
     map_checksum: str = ""
     static_map: bytes = b""
     format: int = FORMAT
+    restoring: Restoring | None = None
 
     def storage_node(self, group: int, replica: int) -> str:
         return f"storage-{group}-{replica}"
@@ -68,4 +82,4 @@ class Topology(msgspec.Struct, frozen=True):
 
     def policy(self, table: str) -> TablePolicy | None:
         """Policy of a table, or None when there is no such table."""
-        return self.tables.get(table, self.default_table)
+        return None if is_internal(table) else self.tables.get(table, self.default_table)

@@ -22,6 +22,7 @@ _PATIENCE_S = 60.0  # without an answer of the Router
 @click.option("--table", help="Only this table.  [default: all]")
 @click.option("--follow", is_flag=True, help="Start nothing: follow the run that is at work.")
 @click.option("--take-over", is_flag=True, help="Start even if a run is at work, which is then fenced and ends.")
+@click.option("--check-files", is_flag=True, help="Compare all cold files with all links, and have garbage removed.")
 @cluster_options
 def sink(
     before: int | None,
@@ -29,6 +30,7 @@ def sink(
     table: str | None,
     follow: bool,
     take_over: bool,
+    check_files: bool,
     data_dir: Path | None,
     address: str | None,
     namespace: str | None,
@@ -38,16 +40,16 @@ def sink(
 
     Runs as a Ray job, or as a Ray task where Ray has no dashboard.
     """
-    if follow and (before is not None or by_event_time or table is not None or take_over):
+    if follow and (before is not None or by_event_time or table is not None or take_over or check_files):
         raise click.UsageError("--follow starts no run, so it takes none of the options of one")
     enter(data_dir, address)
     from ..actors.jobs_client import SUCCEEDED, SinkOptions
 
-    options = None if follow else SinkOptions(before, by_event_time, table, take_over)
+    options = None if follow else SinkOptions(before, by_event_time, table, take_over, check_files)
     with progress("sinking") as tell:
         found = asyncio.run(follow_sink(namespace or NAMESPACE, options, tell))
     ok = found["state"] == SUCCEEDED
-    text = "\n".join(f"{name}: {value}" for name, value in found.items() if value not in ("", None))
+    text = "\n".join(f"{name}: {_told(value)}" for name, value in found.items() if value not in ("", None, [], {}))
     show(found, text, as_json=as_json)
     if not ok:
         note(f"timetier: the sink failed: {found['reason'].splitlines()[-1] if found['reason'] else 'see its log'}")
@@ -89,6 +91,13 @@ async def follow_sink(namespace: str, options: Any, tell: Callable[[int, int | N
         if state["state"] in ENDED:
             return {**started, **report, "state": state["state"], "reason": state["reason"]}
         await asyncio.sleep(_POLL_S)
+
+
+def _told(value: Any) -> str:
+    """A figure in words; of a table of figures, one after the other."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {figure}" for name, figure in value.items())
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _report_of(runs: list[dict[str, Any]], started_id: str) -> dict[str, Any]:

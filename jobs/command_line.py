@@ -9,13 +9,18 @@ from types import FrameType
 import click
 
 from .. import __version__
+from .cli_backup import backup, restore
 from .cli_bench import bench
 from .cli_cluster import down, map_command, status, up
 from .cli_common import run_command
 from .cli_data import delete, get, load, put, timeline
 from .cli_demo import demo
+from .cli_disk import disk
+from .cli_explain import explain
 from .cli_scale import scale
+from .cli_scrub import scrub
 from .cli_sink import sink
+from .cli_tiers import tiers
 from .cli_verify import repair, verify
 
 
@@ -29,9 +34,10 @@ def commands() -> None:
     """
 
 
-_CLUSTER = (up, down, status, scale, sink, verify, repair, map_command)
+_CLUSTER = (up, down, status, scale, sink, verify, repair, disk, scrub, map_command, backup, restore)
 _DATA = (load, get, put, timeline, delete)
-for command in (*_CLUSTER, *_DATA, demo, bench):
+_LOOKING = (explain, tiers)
+for command in (*_CLUSTER, *_DATA, *_LOOKING, demo, bench):
     commands.add_command(command)
 
 

@@ -21,7 +21,7 @@ import click
 from ..actors.connecting import ClusterStore, connect_async
 from ..cluster.cold.sink_calls import SinkSettings, settings_of, tables_in_use
 from ..cluster.cold.sink_script import SinkProgress, SinkReport, TableSink, sink
-from ..cluster.cold.sinking import CutOffs, chosen_cut_offs
+from ..cluster.cold.sinking import CutOffs, chosen_cut_offs, patience_of
 from ..cluster.drive import drive
 from ..cluster.errors import InvalidRequest, TimeTierError, Unavailable
 from ..cluster.topology import Topology
@@ -43,25 +43,46 @@ def run_name() -> str:
 
 
 def tables_to_sink(
-    topology: Topology, names: tuple[str, ...], before: int | None, by_event_time: bool, now_us: int
+    topology: Topology,
+    names: tuple[str, ...],
+    before: int | None,
+    by_event_time: bool,
+    now_us: int,
+    max_wait_s: float | None = None,
 ) -> list[TableSink]:
-    """The named tables with their cut-offs. Raises InvalidRequest."""
+    """The named tables with their cut-offs. Raises InvalidRequest.
+
+    `max_wait_s`: how long rows may wait for a window to fill, None for not at all; who names a cut-off by hand wants
+    all that is older to sink.
+    """
+    by_rule = before is None and not by_event_time
     tasks = []
     for name in names:
         policy = topology.policy(name)
         if policy is None:
             raise InvalidRequest(f"table={name!r} is not configured; known: {', '.join(sorted(topology.tables))}")
         cut_offs: CutOffs = chosen_cut_offs(policy, now_us, before=before, by_event_time=by_event_time)
-        tasks.append(TableSink(name.encode(), policy, cut_offs))
+        patience = patience_of(policy, now_us, max_wait_s) if by_rule and max_wait_s is not None else None
+        tasks.append(TableSink(name.encode(), policy, cut_offs, patience))
     return tasks
 
 
-async def run_sink(store: ClusterStore, tasks: list[TableSink], run: str, now_us: int) -> SinkReport:
+async def run_sink(
+    store: ClusterStore, tasks: list[TableSink], run: str, now_us: int, *, check_files: bool = False
+) -> SinkReport:
     """Run the sink with a connected store; the Router is told how it goes, if it answers."""
     settings = settings_of(store.config.sink)
     last: list[SinkProgress] = []
     name = re.sub("[^a-z0-9-]", "-", run.lower())[-40:]
-    script = sink(store.view, tasks, run=name, now_us=now_us, settings=settings, progress=lambda p: last.append(p))
+    script = sink(
+        store.view,
+        tasks,
+        run=name,
+        now_us=now_us,
+        settings=settings,
+        check_files=check_files,
+        progress=lambda p: last.append(p),
+    )
     teller = asyncio.create_task(_tell(store, run, last))
     try:
         return await drive(script, store.carrier)
@@ -104,7 +125,13 @@ async def _report(store: ClusterStore, report: dict[str, Any]) -> None:
 
 
 async def _run(
-    namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str, take_over: bool
+    namespace: str,
+    tables: tuple[str, ...],
+    before: int | None,
+    by_event_time: bool,
+    run: str,
+    take_over: bool,
+    check_files: bool,
 ) -> bool:
     now_us = time.time_ns() // 1_000
     store = await connect_async(namespace=namespace)
@@ -113,12 +140,13 @@ async def _run(
             return True
         if not tables:
             tables = await _tables_with_data(store)
-        tasks = tables_to_sink(store.view.routing.topology, tables, before, by_event_time, now_us)
-        report = await run_sink(store, tasks, run, now_us)
+        max_wait_s = store.config.sink.max_wait
+        tasks = tables_to_sink(store.view.routing.topology, tables, before, by_event_time, now_us, max_wait_s)
+        report = await run_sink(store, tasks, run, now_us, check_files=check_files)
         print(report.to_json(), flush=True)
         errors = [error[:_REPORTED_ERROR_CHARS] for error in report.errors[:_REPORTED_ERRORS]]
         state = "failed" if errors else "succeeded"
-        await _report(store, {**asdict(report), "errors": errors, "run": run, "state": state})
+        await _report(store, {**report.to_dict(), "errors": errors, "run": run, "state": state})
         for error in report.errors:
             print(error, file=sys.stderr)
         return not report.errors
@@ -142,12 +170,19 @@ async def _tables_with_data(store: ClusterStore) -> tuple[str, ...]:
 @click.option("--by-event-time", is_flag=True, help="Go by the items' timestamps alone, whenever they were written.")
 @click.option("--run", default=None, help="Name of the run in reports, files and links.")
 @click.option("--take-over", is_flag=True, help="Begin even if another run is at work, which is then fenced.")
+@click.option("--check-files", is_flag=True, help="Compare all cold files with all links.")
 def main(
-    namespace: str, tables: tuple[str, ...], before: int | None, by_event_time: bool, run: str | None, take_over: bool
+    namespace: str,
+    tables: tuple[str, ...],
+    before: int | None,
+    by_event_time: bool,
+    run: str | None,
+    take_over: bool,
+    check_files: bool,
 ) -> None:
     """Move old items to the cold tier."""
     try:
-        ok = asyncio.run(_run(namespace, tables, before, by_event_time, run or run_name(), take_over))
+        ok = asyncio.run(_run(namespace, tables, before, by_event_time, run or run_name(), take_over, check_files))
     except TimeTierError as error:
         print(f"timetier sink: {error}", file=sys.stderr)
         ok = False

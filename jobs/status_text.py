@@ -6,6 +6,9 @@ import time
 from typing import Any
 
 from .cli_common import one_line, table_of
+from .cli_disk import disks_table
+from .scrub import HEADINGS as SCRUB_HEADINGS
+from .scrub import scrub_row
 
 _SHOWN_RUNS = 5
 _SHOWN_ERROR_CHARS = 80
@@ -26,6 +29,16 @@ def describe(found: dict[str, Any]) -> str:
     if learners := [actor for actor in found["nodes"] if actor.get("rejoin")]:
         headings = ["learner", "phase", "from", "timelines", "bytes", "buckets"]
         lines += ["", table_of(headings, [_rejoin_row(actor) for actor in learners])]
+    if out := [
+        {"node": actor["node"], **disk}
+        for actor in found["nodes"]
+        for disk in actor.get("disks", ())
+        if disk["state"] != "serving"
+    ]:
+        lines += ["", disks_table(out)]
+    if cold := [actor for actor in found["nodes"] if actor.get("scrub")]:
+        rows = [scrub_row(actor["node"], actor["scrub"], actor["repairs"]) for actor in cold]
+        lines += ["", table_of(SCRUB_HEADINGS, rows)]
     figures = [
         [actor["node"], name, f"{value:,.15g}"]
         for actor in found["nodes"]
@@ -35,6 +48,7 @@ def describe(found: dict[str, Any]) -> str:
     if figures:
         lines += ["", table_of(["actor", "figure", "value"], figures)]
     lines += _sink_lines(found["router"])
+    lines += ["", "what is where, and why: `timetier tiers`, `timetier explain TABLE OWNER [TIMESTAMP]`"]
     return "\n".join(lines)
 
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from random import Random
 
 from timetier.cluster.client.view import ClientSettings, View
-from timetier.cluster.cold.block import DecodedBlock, FileBuilder, Rows
+from timetier.cluster.cold.block import DecodedBlock, FileBuilder
 from timetier.cluster.cold.link import Block, Link, decode_link, evict_up_to
+from timetier.cluster.cold.pieces import read_anatomy
+from timetier.cluster.cold.rows import Rows
 from timetier.cluster.cold.sink_calls import horizon_key, is_record
 from timetier.cluster.keys import (
     MIN_TIMESTAMP,
     bucket_of,
     bucket_prefix,
+    is_internal,
     is_system,
     item_key,
     split_item_key,
@@ -31,14 +34,17 @@ from timetier.cluster.messages import (
     CONFLICT,
     DELETE,
     OK,
+    POINT,
     PUT,
     RANGE,
     WIPE,
     AskVersions,
     Check,
     Checked,
+    FoundItems,
     Message,
     Open,
+    ReadItems,
     Scan,
     Scanned,
     Settle,
@@ -51,6 +57,7 @@ from timetier.cluster.messages import (
     unpack_i64,
     unpack_u32,
 )
+from timetier.cluster.packed_items import Item
 from timetier.cluster.topology import TablePolicy, Topology
 
 POLICY = TablePolicy(per_second=1, cold_after=100, window=50)
@@ -85,7 +92,7 @@ def view_of(shape: Topology, seed: int) -> View:
     return View(shape, now=lambda: next(ticks) * 1e-4, random=Random(seed), settings=ClientSettings())
 
 
-def cold_file(file: str = "a", owners: int = 9, each: int = 40, bucket: int = 1) -> bytes:
+def cold_file(file: str = "a.arrow", owners: int = 9, each: int = 40, bucket: int = 1) -> bytes:
     """A file of some blocks of one bucket."""
     rows = Rows()
     for owner in range(owners):
@@ -94,6 +101,17 @@ def cold_file(file: str = "a", owners: int = 9, each: int = 40, bucket: int = 1)
     builder = FileBuilder(file, table=TABLE, per_second=1, cold_group=0, run="r")
     builder.add(rows, bucket=bucket, window_start=0, window_end=50, generation=1, block_rows=50)
     return builder.finish()
+
+
+def unsealed(data: bytes) -> bytes:
+    """The same file as it was written before files had names and seals."""
+    anatomy = read_anatomy(lambda offset, length: data[offset : offset + length], len(data))
+    seal = anatomy.tail.index(b',"head":"')
+    end = anatomy.tail.index(b"}", seal) + 1
+    tail = anatomy.tail[:seal] + b"}" + b" " * (end - seal - 1) + anatomy.tail[end:]
+    tail = tail.replace(b"timetier.file", b"timetier.past")
+    head = data[: anatomy.head.length].replace(b"timetier.file", b"timetier.past")
+    return head + data[anatomy.head.length : anatomy.tail_at] + tail
 
 
 @dataclass
@@ -110,7 +128,7 @@ class Stored:
         self.version += 1
         for kind, key, value in zip(kinds, keys, values, strict=True):
             if kind == WIPE:
-                self.wiped = self.version
+                self.wiped = self.version - 1
             else:
                 self.rows.setdefault(key, []).insert(0, (self.version, kind, value, written))
         return self.version
@@ -175,7 +193,9 @@ class StorageModel:
             versions = [self.stored(key).version for key in message.timelines]
             return Settled(bytes((OK,)) * len(versions), pack_i64(versions))
         if isinstance(message, Check):
-            return self._check(message)
+            return self._points(message) if POINT in message.wants else self._check(message)
+        if isinstance(message, ReadItems):
+            return self._items(message)
         assert isinstance(message, Write), message
         self.before_write()
         return self._write(message)
@@ -202,6 +222,36 @@ class StorageModel:
         if self.evicting:
             self.evict()
         return Written(bytes(outcomes), pack_i64(versions))
+
+    def _items(self, message: ReadItems) -> FoundItems:
+        items: list[Item | None] = []
+        for timeline, key in zip(message.timelines, message.keys, strict=True):
+            rows = self.stored(timeline).rows.get(key)
+            version, kind, value, written = rows[0] if rows else (0, DELETE, b"", 0)
+            timestamp, item_id = split_item_key(key)
+            items.append(Item(timestamp, value, item_id, version, written) if kind == PUT else None)
+        versions = pack_i64([self.stored(timeline).version for timeline in message.timelines])
+        return FoundItems(bytes((OK,)) * len(items), versions, items)
+
+    def _points(self, message: Check) -> Checked:
+        """Versions, and how far timelines are wiped; for keys that no item has."""
+        stored = [self.stored(timeline) for timeline in message.timelines]
+        nothing = bytes(4 * len(stored))
+        return Checked(
+            chosen=pack_i64([one.version for one in stored]),
+            opens=[],
+            payloads=bytes((POINT,)) * len(stored),
+            counts=nothing,
+            kinds=b"",
+            keys=[],
+            values=[],
+            versions=b"",
+            written=b"",
+            wiped=pack_i64([one.wiped for one in stored]),
+            horizons=pack_i64([MIN_TIMESTAMP] * len(stored)),
+            floors=[b""] * len(stored),
+            links=[],
+        )
 
     def _check(self, message: Check) -> Checked:
         (timeline,) = message.timelines
@@ -246,10 +296,13 @@ class StorageModel:
                 continue
             stored = self.timelines[key]
             rows = eligible(stored, message.event_before, message.written_before)
+            wiped = stored.wiped and any(
+                link.holds_wiped(owner_hash_of(key), stored.wiped) for link in self.links(bucket)
+            )
             if rows and size >= message.limit_bytes:
                 next_bucket, next_cursor = bucket, key
                 break
-            if rows:
+            if rows or wiped:
                 found.append((key, stored, rows))
                 size += sum(len(k) + len(r[2]) for k, r in rows.items())
         links = [link for link in self.links(bucket) if link.table == message.table]
@@ -258,6 +311,17 @@ class StorageModel:
         horizon = self.horizon(bucket, message.table)
         parts = [(stored, rows) for _, stored, rows in found]
         return _scanned(bucket, names, parts, links, version, horizon, next_bucket, next_cursor)
+
+
+def is_data(timeline: bytes) -> bool:
+    """Whether a timeline is an application's."""
+    return not is_system(timeline) and not is_internal(split_timeline(timeline)[1])
+
+
+def owner_hash_of(timeline: bytes) -> int:
+    """As links name the owner of a timeline."""
+    _, table, owner = split_timeline(timeline)
+    return timeline_hash(table, owner)
 
 
 def eligible(stored: Stored, event_before: int, written_before: int) -> dict[bytes, tuple[int, int, bytes, int]]:

@@ -14,9 +14,10 @@ import numpy as np
 from interaction_calls import HandAnswered
 from interaction_group import HandDriven
 from interaction_text import BUCKETS, TABLE, item_text
-from timetier.cluster.cold.block import DecodedBlock, FileBuilder, Rows, decode_block
+from timetier.cluster.cold.block import DecodedBlock, FileBuilder, decode_block
 from timetier.cluster.cold.block_cache import BlockCache
 from timetier.cluster.cold.link import FORMAT, Link
+from timetier.cluster.cold.rows import Rows
 from timetier.cluster.effects import Script
 from timetier.cluster.errors import Corrupt, TimeTierError
 from timetier.cluster.keys import bucket_of, item_key, split_timeline, timeline_hash

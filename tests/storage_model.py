@@ -14,7 +14,7 @@ from typing import Any
 
 import google_crc32c
 from timetier.cluster.cold.block import FileBuilder, decode_block
-from timetier.cluster.cold.block import Rows as BlockRows
+from timetier.cluster.cold.rows import Rows as BlockRows
 from timetier.cluster.effects import Call, CallFailed, Script, Sleep
 from timetier.cluster.keys import (
     MIN_TIMESTAMP,
@@ -98,6 +98,8 @@ class Replica:
     promised: dict[bytes, Ballot] = field(default_factory=dict)
     links: dict[bytes, dict[int, Window]] = field(default_factory=dict)
     floor: dict[bytes, int] = field(default_factory=dict)
+    lags: bool = False  # it has not applied the last horizon
+    unsure: bool = False  # it has accepted a horizon, and does not know whether that was chosen
 
     @property
     def name(self) -> str:
@@ -316,7 +318,10 @@ class World:
     def answer(self, replica: Replica, message: Message) -> Message:
         if isinstance(message, AskVersions):
             chosen = [replica.applied.get(t, 0) for t in message.timelines]
-            return Versions(pack_i64(chosen), self._opens(replica, message.timelines))
+            horizons = pack_i64([self._horizon_at(replica)] * len(chosen))
+            opens = self._opens(replica, message.timelines)
+            unsure = pack_u32(range(len(chosen)) if replica.unsure else [])
+            return Versions(pack_i64(chosen), opens, horizons=horizons, unsure=unsure, mark=self._mark(replica))
         if isinstance(message, AskSame):
             return self._same(replica, message)
         if isinstance(message, Settle):
@@ -341,7 +346,11 @@ class World:
         return Same(pack_u32(others), self._mark(replica))
 
     def _mark(self, replica: Replica) -> int:
-        return (self.horizon - MIN_TIMESTAMP) % (1 << 60) * 5 + replica.number
+        horizon = self.horizon if replica.unsure else self._horizon_at(replica)
+        return (horizon - MIN_TIMESTAMP) % (1 << 60) * 5 + replica.number + 1
+
+    def _horizon_at(self, replica: Replica) -> int:
+        return MIN_TIMESTAMP if replica.lags or replica.unsure else self.horizon
 
     def _opens(self, replica: Replica, timelines: list[bytes]) -> list[Open]:
         return [Open(i, replica.accepted[t][0]) for i, t in enumerate(timelines) if t in replica.accepted]
@@ -377,7 +386,7 @@ class World:
             pack_i64([row[1] for row in flat]),
             pack_i64([1000 + row[1] for row in flat]),
             pack_i64([self.wiped(t, max(c, 0)) for t, c in zip(message.timelines, chosen, strict=True)]),
-            pack_i64([self.horizon] * len(chosen)),
+            pack_i64([self._horizon_at(replica)] * len(chosen)),
             floors,
             links,
             mark=self._mark(replica),
@@ -385,6 +394,8 @@ class World:
 
     def _answers_as_of(self, replica: Replica, timeline: bytes) -> int:
         """-1 for a replica that has applied a link, but not yet all that the link's blocks hold."""
+        if replica.unsure:
+            return -1
         applied = replica.applied.get(timeline, 0)
         covered = max([w.version for w in replica.links.get(timeline, {}).values()], default=0)
         return -1 if covered > applied and not self.answers_ahead else applied

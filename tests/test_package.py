@@ -22,7 +22,13 @@ PURE = [
         )
     ),
     *(ROOT / "cluster" / "client" / f"{name}.py" for name in ("batch", "scripts", "view")),
-    *(ROOT / "cluster" / "cold" / f"{name}.py" for name in ("orphans", "sink_calls", "sink_script", "sinking")),
+    *(
+        ROOT / "cluster" / "cold" / f"{name}.py"
+        for name in (
+            *("cold_calls", "file_facts", "filing", "garbage", "gathering", "merging", "pacing", "run_record"),
+            *("sink_calls", "sink_report", "sink_run", "sink_script", "sinking", "windows"),
+        )
+    ),
     *(
         ROOT / "cluster" / f"{name}.py"
         for name in ("comparing", "effects", "keys", "placement", "routing", "suspicion", "topology", "verifying")

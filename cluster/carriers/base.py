@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -73,6 +72,34 @@ def no_fast_door(message: Message, reply: Reply) -> bool:
     return False
 
 
+def still_wanted(reply: Reply) -> Callable[[], bool]:
+    """A look at whether anybody waits for an answer, as far as the carrier knows: a caller that went away takes none.
+
+    A `Reply` may have it as `is_wanted`; of others it is not known, so they are wanted.
+    """
+    look: Callable[[], bool] = getattr(reply, "is_wanted", _always)
+    return look
+
+
+def _always() -> bool:
+    return True
+
+
+class _FutureReply:
+    """A `Reply` that gives a future its result."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, answer: asyncio.Future[Any]) -> None:
+        self._answer = answer
+
+    def __call__(self, outcome: Message | Exception | None) -> None:
+        settle(self._answer, outcome)
+
+    def is_wanted(self) -> bool:
+        return not self._answer.done()
+
+
 def settle(answer: asyncio.Future[Any], outcome: Message | Exception | None) -> None:
     """Give a future what came of a call or of a message, unless whoever waited has gone."""
     if answer.done():
@@ -86,7 +113,7 @@ def settle(answer: asyncio.Future[Any], outcome: Message | Exception | None) -> 
 async def at_fast_door(begin: Begin, message: Message) -> Message | None:
     """Answer of a fast door to a message that it takes, as a `Handler` gives or raises it."""
     answer: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
-    if not begin(message, partial(settle, answer)):
+    if not begin(message, _FutureReply(answer)):
         raise AssertionError(f"the fast door does not take a {type(message).__name__}")
     return await answer
 

@@ -295,15 +295,7 @@ class ServerConnection(FrameConnection):
         """Offer a message at the fast door."""
         server = self._server
         server.begun += 1
-        is_open = True
-
-        def reply(answer: Message | Exception | None) -> None:
-            nonlocal is_open
-            if is_open:
-                is_open = False
-                server.begun -= 1
-                self._answered(call_id, answer)
-
+        reply = _ServerReply(self, call_id)
         try:
             if server.begin(message, reply):
                 return True
@@ -312,6 +304,11 @@ class ServerConnection(FrameConnection):
             return True
         server.begun -= 1
         return False
+
+    def end_call(self, call_id: int, answer: Message | Exception | None) -> None:
+        """The answer to a message that the fast door took."""
+        self._server.begun -= 1
+        self._answered(call_id, answer)
 
     async def _answer(self, call_id: int, message: Message) -> None:
         answer: Message | Exception | None
@@ -367,3 +364,23 @@ class ServerConnection(FrameConnection):
 
     def _count_open(self) -> None:
         self.counters.set("open_connections", len(self._server.strangers) + len(self._server.members))
+
+
+class _ServerReply:
+    """A `Reply` to one request of a connection; the first answer counts."""
+
+    __slots__ = ("_call_id", "_connection", "_is_open")
+
+    def __init__(self, connection: ServerConnection, call_id: int) -> None:
+        self._connection = connection
+        self._call_id = call_id
+        self._is_open = True
+
+    def __call__(self, answer: Message | Exception | None) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._connection.end_call(self._call_id, answer)
+
+    def is_wanted(self) -> bool:
+        """Whether the peer is there to take it."""
+        return self._is_open and not self._connection.closing

@@ -13,12 +13,16 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..errors import InvalidRequest, OutcomeUnknown, TimeTierError
+from ..explanation import Explanation, SinkOutlook
 from ..topology import TablePolicy
 from .items import AddressLike, Item, Page, PutLike
 from .store import AsyncStore, AsyncTable
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -134,6 +138,10 @@ class Store:
     def status(self, *, timeout_s: float = 2.0) -> dict[str, Any]:
         return self.run(self._store.status(timeout_s=timeout_s))
 
+    @_documented_by(AsyncStore.sink_outlook)
+    def sink_outlook(self) -> SinkOutlook:
+        return self.run(self._store.sink_outlook())
+
     @_documented_by(AsyncStore.close)
     def close(self) -> None:
         self._end()
@@ -179,6 +187,11 @@ class Table:
     def name(self) -> str:
         """Name of the table."""
         return self._table.name
+
+    @property
+    def asynchronous(self) -> AsyncTable:
+        """The same table for coroutines that run on the store's own event loop (`store.run`)."""
+        return self._table
 
     @property
     def policy(self) -> TablePolicy:
@@ -243,6 +256,23 @@ class Table:
     @_documented_by(AsyncTable.delete_timeline)
     def delete_timeline(self, owner: str | bytes, *, if_version: int | None = None) -> int:
         return self.store.run(self._table.delete_timeline(owner, if_version=if_version))
+
+    @_documented_by(AsyncTable.explain)
+    def explain(
+        self, owner: str | bytes, timestamp: int | None = None, *, id: bytes | str | None = None
+    ) -> Explanation:
+        return self.store.run(self._table.explain(owner, timestamp, id=id))
+
+    @_documented_by(AsyncTable.cold_dataset)
+    def cold_dataset(self, *, text: bool = False, times: bool = False) -> ds.Dataset:
+        from .cold_data import dataset_of
+
+        # The dataset reads by way of this store, and so keeps it alive.
+        return self.store.run(dataset_of(self._table, text=text, times=times, run=self.store.run))
+
+    @_documented_by(AsyncTable.cold_ray_dataset)
+    def cold_ray_dataset(self, *, text: bool = False, times: bool = False, parallelism: int = -1) -> Any:
+        return self.store.run(self._table.cold_ray_dataset(text=text, times=times, parallelism=parallelism))
 
 
 def _shut(store: AsyncStore, thread: LoopThread) -> None:

@@ -37,6 +37,7 @@ from ..messages import (
     OK,
     STALE,
     UNAVAILABLE,
+    Damage,
     FoundItems,
     Message,
     Pages,
@@ -340,12 +341,12 @@ class _ReadBatch(Batch[Q, R]):
             by_node.setdefault(node, []).append(index)
         return by_node
 
-    def _not_ok(self, node: str, index: int, outcome: int) -> None:
+    def _not_ok(self, node: str, index: int, outcome: int, damage: Damage | None) -> None:
         what = describe(self.requests[index].timeline)
         if outcome == INVALID:
             self.results[index] = InvalidRequest(f"{node} refused the read of {what} as invalid")
         elif outcome == CORRUPT:
-            self.results[index] = Corrupt(f"{what}: stored bytes are damaged in every copy")
+            self.results[index] = _corrupt(what, damage)
         else:
             self.retry_outcome(node, index, outcome)
 
@@ -384,11 +385,12 @@ class _PageBatch(_ReadBatch[PageQuery, bool]):
             return False
         part = PageResults.of(answer)
         self._parts.append((indices, part))
+        damages = _damages_of(answer, indices)
         for index, outcome, more, items, version in zip(
             indices, answer.outcomes, part.more, part.items, part.versions, strict=True
         ):
             if outcome != OK:
-                self._not_ok(node, index, outcome)
+                self._not_ok(node, index, outcome, damages.get(index))
             elif more and not items:
                 self.retry(node, [index], "it sent an empty page that claims to go on", wait=True)
             else:
@@ -435,9 +437,22 @@ class _ItemBatch(_ReadBatch[ItemQuery, bool]):
         if answer.outcomes.count(OK) == requests == len(self.requests):
             self.results = [True] * requests
             return True
+        damages = _damages_of(answer, indices)
         for index, outcome in zip(indices, answer.outcomes, strict=True):
             if outcome == OK:
                 self.results[index] = True
             else:
-                self._not_ok(node, index, outcome)
+                self._not_ok(node, index, outcome, damages.get(index))
         return True
+
+
+def _damages_of(answer: FoundItems | Pages, indices: Sequence[int]) -> dict[int, Damage]:
+    """What the node tells of damaged reads, by the index of the request."""
+    return {indices[one.index]: one for one in answer.damages if 0 <= one.index < len(indices)}
+
+
+def _corrupt(what: str, damage: Damage | None) -> Corrupt:
+    """The error of a damaged read. `what`: the timeline, in words."""
+    if damage is None or not damage.file:
+        return Corrupt(f"{what}: stored bytes are damaged in every copy")
+    return Corrupt(f"{what}: {damage.reason}", file=damage.file, offset=damage.offset)

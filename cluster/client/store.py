@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence, Sized
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Sized
+from dataclasses import replace
+from functools import partial
 from random import Random
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..carriers.base import Carrier
-from ..drive import drive
+from ..drive import drive, run_from_thread
 from ..effects import CallFailed
-from ..errors import InvalidRequest, TimeTierError, WriteManyError
+from ..errors import Corrupt, InvalidRequest, TimeTierError, WriteManyError
+from ..explanation import Explanation, SinkOutlook
+from ..keys import check_id, owner_bytes
 from ..messages import Failure, Message, Status
 from ..topology import TablePolicy, Topology
 from . import items as shapes
@@ -34,6 +39,11 @@ from .scripts import (
     write,
 )
 from .view import ClientSettings, View
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
+
+    from .cold_data import LiveData
 
 R = TypeVar("R")
 
@@ -110,6 +120,10 @@ class AsyncStore:
             "nodes": {node: _node_status(answer) for node, answer in answers.items()},
         }
 
+    async def sink_outlook(self) -> SinkOutlook:
+        """When the sink runs next, as far as this store can tell: without a Router it can't."""
+        return SinkOutlook(reason="this store has no Router to ask")
+
     async def close(self) -> None:
         """End the connection. Calls in flight end with Unavailable, writes of unknown fate with OutcomeUnknown."""
         if self._closed:
@@ -149,14 +163,14 @@ class AsyncStore:
         """Pages in the order of the queries. Raises the first error there is."""
         results = await self._pages.submit(self._groups(queries.timelines), queries)
         if results.errors:
-            raise results.errors[min(results.errors)]
+            raise _first_error(results.errors, len(results), lambda: shapes.to_pages(results))
         return results
 
     async def read_all_items(self, queries: ItemQueries) -> ItemResults:
         """Items in the order of the queries. Raises the first error there is."""
         results = await self._items.submit(self._groups(queries.timelines), queries)
         if results.errors:
-            raise results.errors[min(results.errors)]
+            raise _first_error(results.errors, len(results), lambda: results.items)
         return results
 
     async def read_item(self, timeline: bytes, key: bytes) -> ItemResults:
@@ -166,6 +180,10 @@ class AsyncStore:
         if results.errors:
             raise results.errors[0]
         return results
+
+    async def ray_dataset(self, data: LiveData, parallelism: int) -> Any:
+        """A `ray.data.Dataset` of live rows, where the store knows Ray. Raises InvalidRequest."""
+        raise InvalidRequest("this store was not opened by timetier.connect(), which is the one that knows Ray")
 
     def _groups(self, timelines: list[bytes]) -> list[int]:
         self._check_open()
@@ -242,7 +260,10 @@ class AsyncTable:
         return (await self.store.read_item(timeline, key)).items[0]
 
     async def get_many(self, keys: Iterable[AddressLike]) -> list[Item | None]:
-        """Items by `(owner, timestamp)` or `(owner, timestamp, id)`, in that order, at most 10,000 a call."""
+        """Items by `(owner, timestamp)` or `(owner, timestamp, id)`, in that order, at most 10,000 a call.
+
+        `Corrupt` for items of which no copy is good has the other ones in `results`.
+        """
         queries = shapes.item_queries(self._raw, self._buckets, keys)
         return (await self.store.read_all_items(queries)).items if queries else []
 
@@ -259,7 +280,8 @@ class AsyncTable:
     async def timelines(self, owners: Iterable[str | bytes], *, limit: int = 20) -> list[Page]:
         """The newest page of each of many timelines (at most 10,000), in the order of the owners.
 
-        Each page is consistent by itself; two pages may be of different instants.
+        Each page is consistent by itself; two pages may be of different instants. `Corrupt` for a page of which some
+        item has no good copy has the other ones in `results`.
         """
         queries = shapes.page_queries(self._raw, self._buckets, owners, shapes.checked_limit(limit))
         if not queries:
@@ -299,6 +321,51 @@ class AsyncTable:
         """Delete all items of a timeline, atomically. Versions go on from where they were. `if_version` as in `put`."""
         return await self._write_one(shapes.wipe_request(self._raw, self._buckets, owner, if_version))
 
+    async def cold_dataset(self, *, text: bool = False, times: bool = False) -> ds.Dataset:
+        """What has sunk to the cold tier, as a `pyarrow.dataset.Dataset` that pyarrow, DuckDB and Polars read in place.
+
+        It has the rows that had sunk by some instant after this call, each timeline as of one instant, without those
+        that were replaced, deleted or had expired by then; what is in the storage tier is not in it. Columns: `owner`
+        (binary; `text`: string), `timestamp`, `id`, `value`, `version`, `written` (int64; `times`: timestamps in UTC).
+        Blocks are read when they are needed; a filter on `timestamp` leaves out those that it can.
+
+        A dataset does not change. Once a later run of the sink has replaced files and their grace period
+        (`sink.orphan_grace`) is over, reading them raises `Unavailable`: then take the dataset again. It is read in
+        threads, and by way of this store's event loop: under asyncio by `await asyncio.to_thread(dataset.to_table)`.
+        """
+        from .cold_data import dataset_of  # pyarrow.dataset takes a while to import, and most clients need none
+
+        return await dataset_of(self, text=text, times=times, run=partial(run_from_thread, asyncio.get_running_loop()))
+
+    async def cold_ray_dataset(self, *, text: bool = False, times: bool = False, parallelism: int = -1) -> Any:
+        """The same rows as a `ray.data.Dataset`, read by tasks of the Ray cluster, each from a copy on its own machine
+        if there is one. `parallelism`: read tasks, -1 to leave that to Ray."""
+        from .cold_data import live_data_of
+
+        return await self.store.ray_dataset(await live_data_of(self, text=text, times=times), parallelism)
+
+    async def explain(
+        self, owner: str | bytes, timestamp: int | None = None, *, id: bytes | str | None = None
+    ) -> Explanation:
+        """Where the timeline of an owner lies, and why: replicas and versions, windows in the storage tier, cold links.
+
+        With a `timestamp` also each item at that instant (`id`: only the one with this id): its tier, all its versions,
+        its block on each cold node, and when it may sink. It asks all replicas, and reads the blocks in question from
+        each of them: meant for people, not for programs that are in a hurry. Raises InvalidRequest for an owner of whom
+        nothing was ever written.
+        """
+        from ..explaining import explain  # with pyarrow, for which no other call has to wait
+
+        owner = owner_bytes(owner)
+        if timestamp is None and id is not None:
+            raise InvalidRequest(f"id={id!r} without a timestamp: give both, or neither")
+        at = None if timestamp is None else shapes.checked_timestamp(timestamp)
+        item_id = None if id is None else check_id(id)
+        now_us = time.time_ns() // 1_000
+        script = explain(self.store.view, self.name, owner, at, item_id, now_us=now_us)
+        found = await drive(script, self.store.carrier)
+        return replace(found, next_sink=await self.store.sink_outlook())
+
     async def _write_one(self, request: WriteRequest) -> int:
         return await self.store.write_one(request)
 
@@ -319,6 +386,18 @@ def _all_or_raise(results: Sequence[R | TimeTierError]) -> list[R]:
             raise result
         good.append(result)
     return good
+
+
+def _first_error(errors: dict[int, TimeTierError], count: int, found: Callable[[], Sequence[Any]]) -> TimeTierError:
+    """What a call of `count` reads raises. `found`: answers by index; those of failed reads are not looked at.
+
+    Nobody can mend a damaged read by calling again, so its error has what was found of the others.
+    """
+    error = errors[min(errors)]
+    if isinstance(error, Corrupt) and count > 1:
+        results = [errors.get(index, answer) for index, answer in enumerate(found())]
+        return Corrupt(error.message, **error.fields, results=results)
+    return error
 
 
 def _write_bytes(requests: list[WriteRequest]) -> int:

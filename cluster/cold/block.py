@@ -1,18 +1,18 @@
 """The format of cold files: blocks of rows in plain Arrow.
 
-A cold file is an Arrow IPC *file* with LZ4-frame buffers: whatever reads Arrow reads it in place. It holds rows of
+A cold file is an Arrow IPC *file* with zstd buffers: whatever reads Arrow reads it in place. It holds rows of
 one table and one cold group. Each record batch is a *block*: rows of one bucket and one window, sorted by
 (owner, timestamp, id), which a link names by offset, length and CRC32C. So a reader of one timeline needs one
 positioned read, and neither the file's head nor its footer: the columns are the same in every file of a format.
 
-The file explains itself. The schema's metadata says format, table, cold group, run and the timestamps' unit. The
+The file explains itself. The schema's metadata says format, table, cold group, run, file and the timestamps' unit. The
 footer's metadata has the index, a JSON object: `blocks` is a list of [bucket, window_start, window_end, generation,
 rows, offset, length, crc32c], in the order of the record batches. With it a file can be verified, and its owners
-found, without any link.
+found, without any link: the index ends with the checksums of what lies before and behind the blocks (`pieces.py`), and
+the schema's metadata names the file, so that a file under another's name is noticed.
 
-Writing takes two passes over the buffers, because Arrow wants the footer's metadata before the first batch, and the
-index has the offsets: each block is encoded once when it is added (that gives its length and checksum) and once when
-the file is finished, and must come out the same.
+A block is encoded once, when it is added (`ipc_file.py`). A reader takes buffers in whatever way Arrow compresses
+them, or not at all: each batch says which.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from __future__ import annotations
 import itertools
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -31,8 +29,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import Corrupt, InvalidRequest
-from ..keys import item_key, item_keys, item_keys_timestamps
+from ..keys import item_key, item_keys
+from .ipc_file import head_of, message_of, tail_of
 from .link import FORMAT, Block
+from .rows import Rows, batch_of
 
 SCHEMA = pa.schema(
     [
@@ -45,12 +45,15 @@ SCHEMA = pa.schema(
     ]
 )
 MAX_BLOCK_BYTES = 32 << 20  # of an encoded block; half of what a frame may have
-BLOCK_RAW_BYTES = 512 << 10  # rows of a block before encoding: for a reader of one row all of them are decoded
+BLOCK_RAW_BYTES = 256 << 10  # rows of a block before encoding: for a reader of one row all of them are decoded
 
-_MAGIC_BYTES = 8
+_SCHEMA_MESSAGE: bytes = SCHEMA.serialize().to_pybytes()
+_READ_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)
 _INDEX = b"timetier.index"
 _FORMAT = b"timetier.format"
 _TABLE = b"timetier.table"
+_FILE = b"timetier.file"
+_SEAL = ',"head":"%08x","tail":"%08x"}'  # the end of the index: checksums of the head and of the tail
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -63,58 +66,6 @@ def verify(data: bytes, crc: int) -> None:
     found = checksum(data)
     if found != crc:
         raise Corrupt(f"{len(data)} bytes have checksum {found:08x}, not {crc:08x}", reason="checksum")
-
-
-@dataclass(slots=True)
-class Rows:
-    """Items as parallel columns. `keys`: item keys; `written`: microseconds since 1970."""
-
-    owners: list[bytes] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    values: list[bytes] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def append(self, owner: bytes, key: bytes, value: bytes, version: int, written: int) -> None:
-        """Add one row."""
-        self.owners.append(owner)
-        self.keys.append(key)
-        self.values.append(value)
-        self.versions.append(version)
-        self.written.append(written)
-
-    def part(self, low: int, high: int) -> Rows:
-        """Rows low .. high-1."""
-        cut = slice(low, high)
-        return Rows(self.owners[cut], self.keys[cut], self.values[cut], self.versions[cut], self.written[cut])
-
-    def raw_bytes(self) -> int:
-        """Bytes of owners, keys and values as they are."""
-        return sum(map(len, self.owners)) + sum(map(len, self.keys)) + sum(map(len, self.values))
-
-    def cuts(self, block_rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-        """Bounds of parts of at most `block_rows` rows and `block_bytes` raw bytes (or one row).
-
-        A part ends between two owners where that leaves it at least half of its bytes: who reads an owner reads one.
-        """
-        start = size = 0
-        owner_at = before_owner = 0  # where the last owner begins, and the bytes of the part before it
-        for at in range(len(self)):
-            if at and self.owners[at] != self.owners[at - 1]:
-                owner_at, before_owner = at, size
-            more = len(self.owners[at]) + len(self.keys[at]) + len(self.values[at])
-            while at > start and (at - start >= block_rows or size + more > block_bytes):
-                between = owner_at > start and 2 * before_owner >= size
-                cut, part = (owner_at, before_owner) if between else (at, size)
-                yield start, cut
-                start, size = cut, size - part
-                before_owner = 0
-            size += more
-        if start < len(self):
-            yield start, len(self)
 
 
 class IndexEntry(NamedTuple):
@@ -148,7 +99,7 @@ class FileBuilder:
     def __init__(self, file: str, *, table: bytes, per_second: int, cold_group: int, run: str) -> None:
         self.file = file
         self.entries: list[IndexEntry] = []
-        self._batches: list[pa.RecordBatch] = []
+        self._messages: list[bytes] = []
         self._schema = SCHEMA.with_metadata(
             {
                 _FORMAT: str(FORMAT).encode(),
@@ -156,9 +107,10 @@ class FileBuilder:
                 b"timetier.timestamp_per_second": str(per_second).encode(),
                 b"timetier.cold_group": str(cold_group).encode(),
                 b"timetier.run": run.encode(),
+                _FILE: file.encode(),
             }
         )
-        self.size = _MAGIC_BYTES + len(self._schema.serialize())
+        self.size = len(head_of(self._schema))
 
     def add(
         self,
@@ -178,18 +130,18 @@ class FileBuilder:
         blocks = []
         for low, high in rows.cuts(block_rows, block_bytes):
             part = rows.part(low, high)
-            order = list(zip(part.owners, part.keys, strict=True))
-            if any(a >= b for a, b in itertools.pairwise(order)):
-                raise InvalidRequest(f"bucket {bucket}: the rows of a block are not sorted by (owner, timestamp, id)")
-            batch = _encode(part, self._schema)
-            message = _message_of(batch, self._schema)
+            try:
+                batch = batch_of(part, self._schema)
+            except ValueError as error:
+                raise InvalidRequest(f"bucket {bucket}: {error}") from None
+            message = message_of(batch)
             if len(message) > MAX_BLOCK_BYTES:
                 raise InvalidRequest(f"bucket {bucket}: a block of {len(message)} bytes; make blocks smaller")
             crc = checksum(message)
             self.entries.append(
                 IndexEntry(bucket, window_start, window_end, generation, len(part), self.size, len(message), crc)
             )
-            self._batches.append(batch)
+            self._messages.append(message)
             block = Block(
                 file=self.file,
                 offset=self.size,
@@ -205,51 +157,34 @@ class FileBuilder:
             blocks.append(block)
         return blocks
 
+    def add_encoded(
+        self, message: bytes, block: Block, *, bucket: int, window_start: int, window_end: int, generation: int
+    ) -> Block:
+        """Add a block of another file of this format as it is. Returns what a link says of it."""
+        entry = IndexEntry(bucket, window_start, window_end, generation, block.rows, self.size, len(message), block.crc)
+        self.entries.append(entry)
+        self._messages.append(message)
+        self.size += len(message)
+        return msgspec.structs.replace(block, file=self.file, offset=entry.offset)
+
     def finish(self) -> bytes:
-        """The file. Raises Corrupt if a block did not come out as it was announced."""
+        """The file. Raises Corrupt if Arrow can't read it."""
         names = list(IndexEntry._fields)
-        index = json.dumps({"columns": names, "blocks": self.entries}, separators=(",", ":")).encode()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, self._schema, options=_write_options(), metadata={_INDEX: index}) as writer:
-            for batch in self._batches:
-                writer.write_batch(batch)
-        data: bytes = sink.getvalue().to_pybytes()
-        view = memoryview(data)
-        for entry in self.entries:
-            verify(bytes(view[entry.offset : entry.offset + entry.length]), entry.crc)
+        body = json.dumps({"columns": names, "blocks": self.entries}, separators=(",", ":"))
+        index = (body.removesuffix("}") + _SEAL % (0, 0)).encode()
+        tail = tail_of(self._schema, self._messages, {_INDEX: index})
+        data = b"".join([head_of(self._schema), *self._messages, self._seal(tail, index)])
+        if read_index(data).blocks != self.entries:
+            raise Corrupt(f"{self.file} was not written as it was meant", reason="content")
         return data
 
-
-def _write_options() -> Any:
-    return pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-
-
-def _encode(rows: Rows, schema: Any) -> Any:
-    timestamps = item_keys_timestamps(rows.keys)
-    ids = [key[8:-2] for key in rows.keys]
-    if any(b"\x00" in item_id for item_id in ids):
-        ids = [item_id.replace(b"\x00\xff", b"\x00") for item_id in ids]
-    return pa.record_batch(
-        [
-            pa.array(rows.owners, pa.binary()),
-            pa.array(timestamps, pa.int64()),
-            pa.array(ids, pa.binary()),
-            pa.array(rows.values, pa.binary()),
-            pa.array(rows.versions, pa.int64()),
-            pa.array(rows.written, pa.int64()),
-        ],
-        schema=schema,
-    )
-
-
-def _message_of(batch: Any, schema: Any) -> bytes:
-    """The encapsulated IPC message of a batch: the same bytes in a stream and in a file."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema, options=_write_options()) as writer:
-        writer.write_batch(batch)
-        end = sink.tell()
-    data: bytes = sink.getvalue().to_pybytes()[len(schema.serialize()) : end]
-    return data
+    def _seal(self, tail: bytes, index: bytes) -> bytes:
+        """The tail with the checksums of the file's head and of itself in the index (see `pieces.py`)."""
+        end = tail.rindex(index) + len(index)
+        start = end - len(_SEAL % (0, 0))
+        head = checksum(head_of(self._schema)) if self.entries else 0
+        crc = checksum(tail[:start] + (_SEAL % (head, 0)).encode() + tail[end:])
+        return tail[:start] + (_SEAL % (head, crc)).encode() + tail[end:]
 
 
 def decode_block(data: bytes, format: int = FORMAT) -> DecodedBlock:
@@ -257,11 +192,10 @@ def decode_block(data: bytes, format: int = FORMAT) -> DecodedBlock:
     if format != FORMAT:
         raise Corrupt(f"a block of format {format}; this version reads format {FORMAT}", reason="format")
     try:
-        message = pa.ipc.read_message(data)
-        if message.type != "record batch":
-            raise ValueError(f"a {message.type} message")
-        return DecodedBlock(pa.ipc.read_record_batch(message, SCHEMA))
-    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        # By one thread: to hand the buffers of a block to several costs more than it gains.
+        with pa.ipc.open_stream(pa.BufferReader(_SCHEMA_MESSAGE + data), options=_READ_OPTIONS) as reader:
+            return DecodedBlock(reader.read_next_batch())
+    except (pa.ArrowException, OSError, ValueError, EOFError, StopIteration) as error:
         raise Corrupt(f"{len(data)} bytes are no block: {error}", reason="content") from None
 
 
@@ -281,9 +215,14 @@ class DecodedBlock:
         self._owner_at = _Binary(owner)
         self._id_at = _Binary(item_id)
         self._value_at = _Binary(value)
-        self._timestamps: npt.NDArray[np.int64] = timestamp.to_numpy(zero_copy_only=True)
-        self._versions: npt.NDArray[np.int64] = version.to_numpy(zero_copy_only=True)
-        self._written: npt.NDArray[np.int64] = written.to_numpy(zero_copy_only=True)
+        self._timestamps = _int64s(timestamp)
+        self._versions = _int64s(version)
+        self._written = _int64s(written)
+
+    @property
+    def batch(self) -> Any:
+        """The rows as an Arrow record batch with the columns of SCHEMA, by owner, timestamp and id."""
+        return self._batch
 
     def rows_of(
         self, owner: bytes, low: bytes = b"", before: bytes = b"", limit: int = 0
@@ -338,6 +277,14 @@ class DecodedBlock:
         return item_keys(timestamps)
 
 
+def _int64s(column: Any) -> npt.NDArray[np.int64]:
+    """The numbers of a column, not copied. Arrow's `to_numpy` would import pandas first: a fifth of a second."""
+    _, data = column.buffers()
+    if data is None:
+        return np.empty(0, dtype=np.int64)
+    return np.frombuffer(data, dtype="<i8")[column.offset : column.offset + len(column)]
+
+
 class _Binary:
     """Elements of an Arrow binary column, one at a time."""
 
@@ -368,9 +315,12 @@ class _Binary:
 
 
 def read_index(source: Any) -> FileIndex:
-    """Index of a cold file. `source`: its path as str, or its bytes. Raises Corrupt if it is none, OSError."""
+    """Index of a cold file. `source`: its path as str, its bytes, or an object with Python's methods of a file.
+
+    Raises Corrupt if it is none, OSError.
+    """
     try:
-        opened = pa.BufferReader(source) if isinstance(source, bytes) else pa.memory_map(source)
+        opened = pa.BufferReader(source) if isinstance(source, bytes) else _open_arrow(source)
         with opened, pa.ipc.open_file(opened) as reader:
             about = dict(reader.schema.metadata or {})
             index = reader.metadata.get(_INDEX) if reader.metadata is not None else None
@@ -378,11 +328,20 @@ def read_index(source: Any) -> FileIndex:
         if about.get(_FORMAT) != str(FORMAT).encode() or index is None:
             raise Corrupt("this Arrow file is no cold file of a format that this version reads", reason="format")
         entries = [IndexEntry(*entry) for entry in msgspec.json.decode(index, type=_IndexBody).blocks]
+        metadata = {key.decode(): value.decode() for key, value in about.items()}
     except (pa.ArrowException, msgspec.MsgspecError, TypeError, ValueError) as error:
         raise Corrupt(f"this is no cold file: {error}", reason="content") from None
+    except OSError as error:
+        if error.errno is None:  # Arrow's word for a footer that makes no sense
+            raise Corrupt(f"this is no cold file: {error}", reason="content") from None
+        raise
     if len(entries) != batches:
         raise Corrupt(f"the index names {len(entries)} blocks, but the file has {batches}", reason="content")
-    return FileIndex(about.get(_TABLE, b""), {k.decode(): v.decode() for k, v in about.items()}, entries)
+    return FileIndex(about.get(_TABLE, b""), metadata, entries)
+
+
+def _open_arrow(source: Any) -> Any:
+    return pa.memory_map(source) if isinstance(source, str) else pa.PythonFile(source, "r")
 
 
 class _IndexBody(msgspec.Struct):

@@ -57,7 +57,7 @@ class Files(Protocol):
         """Size and time of the last write."""
 
     def exists(self, path: Path) -> bool:
-        """Whether a file has this name."""
+        """Whether a file or a folder has this name."""
 
     def open(self, path: Path, *, write: bool = False, create: bool = False, empty: bool = False) -> Opened:
         """Open a file. `create`: make it if it is not there; `empty`: cut it to no bytes. Both mean `write`."""
@@ -73,6 +73,9 @@ class Files(Protocol):
 
     def sync_folder(self, folder: Path) -> None:
         """Make the names in a folder durable."""
+
+    def free_bytes(self, folder: Path) -> int:
+        """Room for files in a folder."""
 
 
 Opened = AbstractContextManager[OpenFile]
@@ -136,7 +139,8 @@ class SystemFiles:
             os.close(descriptor)
 
     def index(self, path: Path) -> FileIndex:
-        return read_index(str(path))
+        with path.open("rb") as opened:  # not mapped: what can't be read would end the process
+            return read_index(opened)
 
     def rename(self, source: Path, target: Path) -> None:
         source.replace(target)
@@ -150,3 +154,7 @@ class SystemFiles:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def free_bytes(self, folder: Path) -> int:
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize

@@ -122,6 +122,16 @@ class Link(msgspec.Struct, array_like=True, frozen=True):
                 rules.append(Rule(version, part.event_before, part.written_before))
         return rules
 
+    def holds_wiped(self, owner_hash: int, wiped: int) -> bool:
+        """Whether the blocks may hold rows of an owner whose timeline was wiped up to the version `wiped`.
+
+        They do not when the owner was read at a later version, by this run or by the one whose rows were carried over:
+        merging leaves out what was wiped by then.
+        """
+        if self.version_of(owner_hash) < 0:
+            return False
+        return max([rule.version for rule in self.rules_of(owner_hash)], default=0) <= wiped
+
     def blocks_of(self, owner: bytes) -> list[Block]:
         """Blocks that may hold items of `owner`."""
         if self.version_of(timeline_hash(self.table, owner)) < 0:

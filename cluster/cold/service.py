@@ -1,13 +1,10 @@
 """A cold node: serves blocks, takes files, heals itself from its peers.
 
-Disks are slow and may hang, so all I/O runs in threads of its own, in two lanes: reads share `read_threads` threads
-behind a bounded queue, everything else has one thread, so a long file never delays a read by more than its disk does.
+Disks are slow and may hang, so all I/O runs in threads, and each disk has its own, in lanes: reads share `read_threads`
+threads behind a bounded queue, everything else has one thread, so neither a long file nor another disk delays a read.
 
 A block whose checksum is wrong, or whose file is missing or truncated, is answered with Corrupt (the reader goes on
-to the next replica) and joins the *repair queue*. One background task takes from it: it reads the bytes from another
-replica, checks them against the checksum that the reader's link named, and writes them in place; a missing or
-truncated file is copied as a whole and checked by its own index. A peer is asked for raw bytes, which has no side
-effects there: two nodes that both lack a file do not send each other in circles.
+to the next replica) and joins the *repair queue* (`repairs.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +12,25 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from ..carriers.base import CallError, Carrier, Reply
+from ..carriers.base import Carrier, Reply
+from ..carriers.connection import host_id
 from ..counters import Counters
 from ..errors import Corrupt, InvalidRequest, TimeTierError, Unavailable
-from ..gate import overloaded
 from ..messages import (
+    AskDisks,
+    AskPlaces,
     BlockBytes,
     BlockRead,
+    DiskList,
+    DiskReplace,
+    DiskRetry,
     FileFacts,
     FileInfo,
     FileList,
@@ -42,62 +42,34 @@ from ..messages import (
     FileWritten,
     Message,
     Ping,
+    Places,
     Pong,
+    ScrubNow,
     Status,
     StatusRequest,
     pack_i64,
     pack_u32,
-    raise_failure,
 )
 from ..topology import Topology
 from .block import DecodedBlock, checksum, decode_block
 from .block_cache import BlockCache
+from .disk_keeper import DiskKeeper
+from .disk_lane import DiskLanes
+from .disk_marks import Owner
+from .fencing import EpochFence
 from .files import Files as FileAccess
+from .files import SystemFiles
+from .mending import MISSING, Repair
+from .repairs import Repairs
+from .scrub_round import ScrubSettings
+from .scrubber import Scrubber
 from .store import ColdStore, check_name
 
 MAX_QUEUED_READS = 1_024
 MAX_QUEUED_WRITES = 64
-MAX_QUEUED_BYTES = 128 << 20  # of pieces to be written
-MAX_REPAIRS = 10_000
-REPAIR_ATTEMPTS = 5
-_COPY_PIECE_BYTES = 4 << 20
-_PEER_TIMEOUT_S = 10.0
-_BACK_OFF_S = 0.05  # doubles with each attempt
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Repair(NamedTuple):
-    """Bytes that are damaged here, and what they should be. `whole`: the file is missing or truncated."""
-
-    file: str
-    offset: int
-    length: int
-    crc: int
-    whole: bool
-
-
-@dataclass(slots=True)
-class _Lane:
-    """A bounded queue in front of some threads."""
-
-    pool: ThreadPoolExecutor
-    limit: int
-    waiting: int = 0
-    nbytes: int = 0
-
-    async def run(self, work: Callable[[], T], nbytes: int = 0) -> T:
-        """Result of `work` in a thread, which holds `nbytes` meanwhile. Raises Unavailable when too much waits."""
-        if self.waiting >= self.limit or (self.nbytes and self.nbytes + nbytes > MAX_QUEUED_BYTES):
-            raise overloaded(f"{self.waiting} requests of {self.nbytes} bytes wait for the disks of this node")
-        self.waiting += 1
-        self.nbytes += nbytes
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
-        finally:
-            self.waiting -= 1
-            self.nbytes -= nbytes
 
 
 class ColdService:
@@ -105,6 +77,7 @@ class ColdService:
 
     `folder`: its data folder, with a folder for each of its `disks`. `read_threads`: block reads at the same time.
     `block_cache_bytes`: of decoded blocks, which readers of other owners in them find in memory; 0 keeps none.
+    `scrub`: when all files are read and checked; None for never.
     """
 
     def __init__(
@@ -119,12 +92,21 @@ class ColdService:
         disks: int,
         read_threads: int,
         counters: Counters,
+        disk_dirs: Sequence[Path] | None = None,
+        disk_timeout_s: float = 30.0,
+        rebuild_mb_per_s: float = 64.0,
+        lost: bool = False,
+        on_whole: Callable[[], None] = lambda: None,
         block_cache_bytes: int = 16 << 20,
+        scrub: ScrubSettings | None = None,
         files: FileAccess | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        """`files`, `clock`, `wall_s`: as in `ColdStore`. Raises InvalidRequest."""
+        """`disk_dirs`, `files`, `clock`, `wall_s`: as in `ColdStore`. `disk_timeout_s`: after which a disk counts as
+        hanging. `lost`: the node's folder was, so its disks are filled by the peers; `on_whole`: called when they are.
+        Raises InvalidRequest.
+        """
         if read_threads < 1:
             raise InvalidRequest(f"read_threads={read_threads}: pass 1 or more")
         self.name = name
@@ -135,37 +117,78 @@ class ColdService:
         self.carrier = carrier
         self.disks = disks
         self.counters = counters
-        self._reads = _Lane(ThreadPoolExecutor(read_threads, f"{name}-read"), MAX_QUEUED_READS)
-        self._writes = _Lane(ThreadPoolExecutor(1, f"{name}-write"), MAX_QUEUED_WRITES)
-        self._open = lambda: ColdStore(self.folder, disks, files=files, clock=clock, wall_s=wall_s)
+        self._files = ColdStore(
+            self.folder,
+            disks,
+            disk_dirs=disk_dirs,
+            owner=Owner(topology.cluster_id, name),
+            files=files,
+            clock=clock,
+            wall_s=wall_s,
+        )
+        self._reads = DiskLanes(f"{name}-read", disks, read_threads, MAX_QUEUED_READS)
+        self._writes = DiskLanes(f"{name}-write", disks, 1, MAX_QUEUED_WRITES)
+        self._epochs = EpochFence(files or SystemFiles(), self.folder)
         self._store: ColdStore | None = None
         self._decoded: BlockCache[DecodedBlock] = BlockCache(block_cache_bytes)
         self._decoding: dict[tuple[str, int, int, int], asyncio.Task[DecodedBlock]] = {}
+        self._wanted_until: dict[tuple[str, int, int, int], float] = {}  # of those, by the clock
+        self._clock = clock
         self._state, self._reason = "starting", ""
-        self._repairs: deque[Repair] = deque()
-        self._queued: set[Repair] = set()  # those in the deque, and the one being repaired
-        self._work = asyncio.Event()
-        self._repairer: asyncio.Task[None] | None = None
+        self._upkeep = DiskLanes(f"{name}-upkeep", disks, 1, MAX_QUEUED_WRITES)
+        self.keeper = DiskKeeper(
+            name,
+            self._files,
+            self._reads,
+            self._writes,
+            self._upkeep,
+            carrier,
+            counters,
+            peers=self._peers,
+            rebuild_mb_per_s=rebuild_mb_per_s,
+            timeout_s=disk_timeout_s,
+            clock=clock,
+            wall_s=wall_s,
+            on_whole=on_whole,
+        )
+        self._lost = lost
+        self._log_files = files or SystemFiles()
+        self.repairs = Repairs(name, carrier, counters, self._upkeep, peers=self._peers, clock=clock, wall_s=wall_s)
+        self.scrubber = Scrubber(
+            name,
+            carrier,
+            counters,
+            self._reads,
+            self._upkeep,
+            self.repairs,
+            scrub or ScrubSettings(),
+            peers=self._peers,
+            share=(replica + 1) / (topology.cold_replicas + 1),
+            clock=clock,
+            wall_s=wall_s,
+        )
 
     async def start(self) -> None:
         """Find the files and begin to serve; a folder that can't be used leaves the node refusing."""
         try:
-            self._store = await self._writes.run(self._open)
+            await self.keeper.open(lost=self._lost)
         except TimeTierError as error:
             self._state, self._reason = "refused", error.message
             logger.error("%s refuses to serve: %s", self.name, error.message)
             return
+        self._store = self._files
         self._state = "serving"
-        self._repairer = asyncio.create_task(self._repair_for_ever(), name=f"{self.name}-repair")
+        await self.repairs.start(self._store, self._log_files)
+        await self.scrubber.start(self._store, self._log_files)
 
     async def stop(self) -> None:
         """End background work; reads that are under way end first."""
         self._state, self._reason = "stopped", "stopped"
-        if self._repairer is not None:
-            self._repairer.cancel()
-            await asyncio.gather(self._repairer, return_exceptions=True)
-        for lane in (self._reads, self._writes):
-            await asyncio.to_thread(lane.pool.shutdown, wait=True, cancel_futures=True)
+        await self.scrubber.stop()
+        await self.repairs.stop()
+        await self.keeper.stop()
+        for lane in (self._reads, self._writes, self._upkeep):
+            await lane.close()
         await asyncio.gather(*self._decoding.values(), return_exceptions=True)
 
     def update(self, topology: Topology) -> None:
@@ -177,17 +200,22 @@ class ColdService:
         files, size = self._store.totals() if self._store is not None else (0, 0)
         self.counters.set("files", files)
         self.counters.set("file_bytes", size)
-        self.counters.set("repair_queue", len(self._queued))
+        self.counters.set("repair_queue", len(self.repairs))
         self.counters.set("read_queue", self._reads.waiting)
+        state, reason = self.keeper.state() if self._state == "serving" else (self._state, self._reason)
+        disks = self.keeper.tell()
         return {
             "name": self.name,
             "tier": "cold",
-            "state": self._state,
-            "reason": self._reason,
+            "state": state,
+            "reason": reason,
+            "alarms": self.keeper.alarms() + self.repairs.alarms(),
             "files": files,
             "bytes": size,
-            "disks": self.disks,
-            "repair_queue": len(self._queued),
+            "disks": disks,
+            "repair_queue": len(self.repairs),
+            "repairs": self.repairs.status(),
+            "scrub": self.scrubber.status(),
             "reads": self.counters.totals.get("block_reads", 0),
             "crc_failures": self.counters.totals.get("crc_failures", 0),
             "counters": self.counters.read(),
@@ -218,6 +246,20 @@ class ColdService:
             return await self._read_piece(store, message)
         if isinstance(message, FileRemove):
             return await self._remove(store, message)
+        if isinstance(message, ScrubNow):
+            self.scrubber.begin(message.mb_per_s)
+            return Pong()
+        if isinstance(message, AskDisks):
+            return self.keeper.answer()
+        if isinstance(message, DiskList):
+            return self.keeper.list(message)
+        if isinstance(message, DiskReplace):
+            return await self.keeper.replace(message)
+        if isinstance(message, DiskRetry):
+            return await self.keeper.retry(message)
+        if isinstance(message, AskPlaces):
+            paths = [store.place(file) for file in message.files]
+            return Places(host_id(), [str(path) if path is not None else "" for path in paths])
         raise InvalidRequest(f"{self.name} is a cold node: it takes no {type(message).__name__} message")
 
     def _open_store(self) -> ColdStore:
@@ -230,7 +272,7 @@ class ColdService:
         store = self._open_store()
         self.counters.add("block_reads")
         if not message.owner:
-            return BlockBytes(await self._read_checked(store, message, bytes))
+            return BlockBytes(await self._read_checked(store, message, bytes, self._until(message)))
         block = self._decoded.get(message.file, message.offset)
         if block is None:
             block = await self._decode_once(store, message)
@@ -240,51 +282,71 @@ class ColdService:
     async def _decode_once(self, store: ColdStore, message: BlockRead) -> DecodedBlock:
         """A decoded block; who asks for a block that is being read waits for that read."""
         place = message.file, message.offset, message.length, message.crc
+        until = self._wanted_until[place] = max(self._wanted_until.get(place, 0.0), self._until(message))
         task = self._decoding.get(place)
         if task is None:
             decode = partial(decode_block, format=message.format)
-            task = self._decoding[place] = asyncio.create_task(self._read_checked(store, message, decode))
+            task = self._decoding[place] = asyncio.create_task(self._read_checked(store, message, decode, until))
             task.add_done_callback(lambda done: self._keep(place, done))
         return await asyncio.shield(task)
 
+    def _until(self, message: BlockRead) -> float:
+        """Until when somebody waits for a block, by the clock."""
+        return self._clock() + message.timeout_ms / 1_000 if message.timeout_ms else math.inf
+
     def _keep(self, place: tuple[str, int, int, int], task: asyncio.Task[DecodedBlock]) -> None:
-        del self._decoding[place]
+        del self._decoding[place], self._wanted_until[place]
         if not task.cancelled() and task.exception() is None:
             self._decoded.put(place[0], place[1], task.result())
 
-    async def _read_checked(self, store: ColdStore, message: BlockRead, then: Callable[[bytes], T]) -> T:
-        """What `then` makes of a block's bytes, in the thread that has read and checked them."""
+    async def _read_checked(self, store: ColdStore, message: BlockRead, then: Callable[[bytes], T], until: float) -> T:
+        """What `then` makes of a block's bytes, in the thread that has read and checked them.
 
-        def work() -> T | Corrupt:
+        What nobody waits for any more, when a thread comes to it, is not read: behind many others it would have those
+        wait that somebody still wants.
+        """
+        place = message.file, message.offset, message.length, message.crc
+
+        def work() -> T | Corrupt | Unavailable:
+            if self._clock() > max(until, self._wanted_until.get(place, 0.0)):
+                return Unavailable("its time was over before a thread was free for it")
             try:
                 data = store.read_block(message.file, message.offset, message.length, message.crc)
             except Corrupt as error:
                 return error
             return then(data)
 
-        found = await self._reads.run(work)
+        found: T | Corrupt | Unavailable
+        try:
+            found = await self._on_disk_of(self._reads, store, message.file, work)
+        except Corrupt as error:
+            found = error
         if isinstance(found, Corrupt):
             self.counters.add("crc_failures")
             whole = found.fields.get("reason") != "checksum"
-            self._queue(Repair(message.file, message.offset, message.length, message.crc, whole))
+            self.repairs.add(Repair(message.file, message.offset, message.length, message.crc, whole))
+            raise found
+        if isinstance(found, Unavailable):
+            self.counters.add("abandoned_reads")
             raise found
         self.counters.add("block_read_bytes", message.length)
         return found
 
     async def _write(self, store: ColdStore, message: FileWrite) -> FileWritten:
-        size, crc = await self._writes.run(
-            lambda: store.write_piece(
-                message.file, message.disk, message.offset, message.data, last=message.last, crc=message.crc
-            ),
-            len(message.data),
-        )
+        def work() -> tuple[int, int]:
+            with self._epochs.admitted(message.epoch):
+                return store.write_piece(
+                    message.file, message.disk, message.offset, message.data, last=message.last, crc=message.crc
+                )
+
+        size, crc = await self._writes.run(work, len(message.data), disk=store.disk(message.disk).ordinal)
         self.counters.add("file_write_bytes", len(message.data))
         if message.last:
             self.counters.add("files_written")
         return FileWritten(size, crc)
 
     async def _list(self, store: ColdStore, message: FileList) -> Files:
-        entries, more = await self._writes.run(lambda: store.list_files(message.cursor))
+        entries, more = store.list_files(message.cursor)
         return Files(
             names=[entry.name for entry in entries],
             sizes=pack_i64([entry.size for entry in entries]),
@@ -293,110 +355,41 @@ class ColdService:
         )
 
     async def _describe(self, store: ColdStore, message: FileInfo) -> FileFacts:
-        stored, index = await self._reads.run(lambda: store.index(message.file))
+        try:
+            stored, index = await self._on_disk_of(self._reads, store, message.file, lambda: store.index(message.file))
+        except Corrupt as error:
+            if error.fields.get("reason") != MISSING:
+                self.repairs.add(Repair.of_file(message.file))
+            raise
         buckets = sorted({entry.bucket for entry in index.blocks})
         return FileFacts(stored.size, stored.disk, index.table, pack_u32(buckets), len(index.blocks))
 
     async def _read_piece(self, store: ColdStore, message: FileRead) -> FilePiece:
-        stored, data = await self._reads.run(lambda: store.read_piece(message.file, message.offset, message.length))
+        stored, data = await self._on_disk_of(
+            self._reads, store, message.file, lambda: store.read_piece(message.file, message.offset, message.length)
+        )
         return FilePiece(stored.size, stored.disk, checksum(data), data)
 
     async def _remove(self, store: ColdStore, message: FileRemove) -> Pong:
         for file in message.files:
             check_name(file)  # all or nothing, as far as names go
-        for file in message.files:
-            if await self._writes.run(lambda name=file: store.remove(name)):  # type: ignore[misc]
+
+        def work(file: str) -> bool:
+            with self._epochs.admitted(message.epoch):
+                return bool(file) and store.remove(file)
+
+        for file in message.files or [""]:  # the epoch counts also without a file
+            found = await self._writes.run(partial(work, file), disk=store.disk_of(file))
+            self.repairs.forget(file)
+            if found:
                 self.counters.add("files_removed")
         return Pong()
 
-    # ------------------------------------------------------------ repair
-
-    def _queue(self, repair: Repair) -> None:
-        if repair in self._queued:
-            return
-        if len(self._queued) >= MAX_REPAIRS:
-            self.counters.add("repairs_dropped")  # the next read of these bytes finds them again
-            return
-        self._queued.add(repair)
-        self._repairs.append(repair)
-        self._work.set()
-
-    async def _repair_for_ever(self) -> None:
-        while True:
-            while not self._repairs:
-                self._work.clear()
-                await self._work.wait()
-            repair = self._repairs.popleft()
-            try:
-                await self._repair_patiently(repair)
-            except Exception:  # whatever it is, the next repair must have its turn
-                self.counters.add("repairs_failed")
-                logger.exception("%s: repair of %s failed", self.name, repair.file)
-            finally:
-                self._queued.discard(repair)
-
-    async def _repair_patiently(self, repair: Repair) -> None:
-        reason = "no other replica"
-        for attempt in range(REPAIR_ATTEMPTS):
-            for peer in self._peers():
-                try:
-                    await self._repair_from(peer, repair)
-                except (TimeTierError, TimeoutError) as error:
-                    reason = f"{peer}: {error}"
-                    continue
-                what = "files_repaired" if repair.whole else "blocks_repaired"
-                self.counters.add(what)
-                logger.warning("%s: restored %s at %d from %s", self.name, repair.file, repair.offset, peer)
-                return
-            await asyncio.sleep(_BACK_OFF_S * 2**attempt)
-        self.counters.add("repairs_failed")
-        logger.error("%s: can't restore %s at %d: %s", self.name, repair.file, repair.offset, reason)
+    @staticmethod
+    async def _on_disk_of(lanes: DiskLanes, store: ColdStore, file: str, work: Callable[[], T]) -> T:
+        """Result of work in a thread of the disk that has the file. Raises Corrupt, Unavailable as `store.find`."""
+        return await lanes.run(work, disk=store.find(file).disk)
 
     def _peers(self) -> list[str]:
         replicas = range(self.topology.cold_replicas)
         return [self.topology.cold_node(self.group, replica) for replica in replicas if replica != self.replica]
-
-    async def _repair_from(self, peer: str, repair: Repair) -> None:
-        store = self._open_store()
-        if await self._is_good(store, repair):
-            return
-        piece = await self._fetch(peer, repair.file, repair.offset, repair.length)
-        if len(piece.data) != repair.length or checksum(piece.data) != repair.crc:
-            raise Corrupt(f"{repair.file}: {repair.length} bytes at {repair.offset} are damaged there too")
-        if repair.whole:
-            await self._copy_whole(store, peer, repair.file, piece.disk, piece.size)
-        else:
-            await self._writes.run(lambda: store.restore(repair.file, repair.offset, piece.data))
-        if not await self._is_good(store, repair):
-            raise Corrupt(f"{repair.file}: bytes at {repair.offset} are damaged again right after they were restored")
-
-    async def _is_good(self, store: ColdStore, repair: Repair) -> bool:
-        """Whether the bytes are right: an earlier repair may have covered them."""
-        try:
-            await self._reads.run(lambda: store.read_block(repair.file, repair.offset, repair.length, repair.crc))
-        except Corrupt:
-            return False
-        return True
-
-    async def _fetch(self, peer: str, file: str, offset: int, length: int) -> FilePiece:
-        """A piece of a peer's file, intact as sent. Raises TimeTierError."""
-        answer = await self.carrier.call(peer, FileRead(file, offset, length), _PEER_TIMEOUT_S)
-        raise_failure(answer)
-        if not isinstance(answer, FilePiece) or checksum(answer.data) != answer.crc:
-            raise CallError(f"{peer} sent an unfit answer to FileRead")
-        return answer
-
-    async def _copy_whole(self, store: ColdStore, peer: str, file: str, disk: int, size: int) -> None:
-        """Copy the whole file of a peer, piece by piece. Raises TimeTierError."""
-        offset = 0
-        try:
-            while offset < size:
-                length = min(_COPY_PIECE_BYTES, size - offset)
-                piece = await self._fetch(peer, file, offset, length)
-                if len(piece.data) != length:
-                    raise Corrupt(f"{file} is truncated on {peer} too", reason="short")
-                await asyncio.to_thread(store.add_to_copy, file, disk, offset, piece.data)
-                offset += length
-            await asyncio.to_thread(store.finish_copy, file, disk)
-        finally:
-            await asyncio.to_thread(store.drop_copy, file, disk)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .. import errors
 from ..client.view import View
 from ..config import SinkConfig
 from ..effects import Call, CallFailed, Script, Sleep
-from ..errors import Corrupt, InvalidRequest, ProtocolError, TimeTierError, Unavailable
-from ..keys import item_key, system_timeline
+from ..errors import InvalidRequest, ProtocolError, TimeTierError, Unavailable
+from ..keys import MIN_TIMESTAMP, is_internal, item_key, system_timeline
 from ..messages import (
     OK,
+    POINT,
     PUT,
     RANGE,
     AskTables,
     AskVersions,
-    BlockBytes,
-    BlockRead,
     Check,
     Checked,
     Failure,
-    FileWrite,
-    FileWritten,
     Message,
     Settle,
     Settled,
@@ -34,13 +30,18 @@ from ..messages import (
     pack_u32,
     unpack_i64,
 )
-from .block import BLOCK_RAW_BYTES, DecodedBlock, decode_block, verify
-from .link import FENCE_KEY, HORIZON_PREFIX, RECORDS_AT, Block, Link, decode_link
+from .block import BLOCK_RAW_BYTES
+from .link import FENCE_KEY, HORIZON_PREFIX, RECORDS_AT, Link, decode_link
+from .pacing import NO_LIMITS, Limits
 
 M = TypeVar("M", bound=Message)
 
 _RECORDS_PREFIX = item_key(RECORDS_AT)[:8]
 _LINKS_A_PAGE = 64
+_BUCKETS_AT_ONCE = 16
+_OWNERS_AT_ONCE = 1_000
+_MIB = 1 << 20
+_NO_ITEM = item_key(MIN_TIMESTAMP)
 _LONGEST_REST_S = 5.0  # a node that hangs has no load to be spared
 
 
@@ -55,6 +56,11 @@ class SinkSettings:
     of a file on its way to a cold node. `call_timeout_s`: for one answer of one node; `write_timeout_s`: for the links,
     with all retries. `attempts`: how often a node, or a list of nodes, is tried. `rest`: after each answer with rows,
     and each piece of a file, the sink rests for so many times as long as that took, and the nodes are there for others.
+    `limits`: rates that it keeps to beside that.
+
+    `min_block_bytes`: a window with fewer eligible bytes waits, if its table has patience (`TableSink.patience`).
+    `min_live_share`: a file of which less is alive is rewritten, at most `rewrite_bytes` of live blocks in a run.
+    `merge_files`: so many files of one table and group, of a like size below `file_bytes` / 4, become one.
     """
 
     block_rows: int = 4_096
@@ -69,6 +75,11 @@ class SinkSettings:
     attempts: int = 3
     back_off_s: float = 0.2
     rest: float = 0.0
+    limits: Limits = NO_LIMITS
+    min_block_bytes: int = 0
+    min_live_share: float = 0.5
+    rewrite_bytes: int = 1 << 30
+    merge_files: int = 8
 
 
 def settings_of(config: SinkConfig) -> SinkSettings:
@@ -79,6 +90,16 @@ def settings_of(config: SinkConfig) -> SinkSettings:
         file_bytes=config.file_mb << 20,
         orphan_grace_s=config.orphan_grace,
         rest=config.rest,
+        limits=Limits(
+            storage_bytes_per_s=(config.storage_mb_per_s or 0) * _MIB,
+            storage_reads_per_s=config.storage_reads_per_s or 0,
+            cold_bytes_per_s=(config.cold_mb_per_s or 0) * _MIB,
+            cold_writes_per_s=config.cold_writes_per_s or 0,
+        ),
+        min_block_bytes=config.min_block_kb << 10,
+        min_live_share=config.min_live_share,
+        rewrite_bytes=config.rewrite_mb << 20,
+        merge_files=config.merge_files,
     )
 
 
@@ -122,7 +143,7 @@ def why_not(answer: object) -> str:
 
 
 def tables_in_use(view: View, settings: SinkSettings) -> Script[list[bytes]]:
-    """Tables that have rows or cold links anywhere, sorted. Raises Unavailable."""
+    """Tables of applications that have rows or cold links anywhere, sorted. Raises Unavailable."""
     names: set[bytes] = set()
     routing = view.routing
     for group in range(routing.topology.storage_groups):
@@ -132,7 +153,7 @@ def tables_in_use(view: View, settings: SinkSettings) -> Script[list[bytes]]:
             _, answer = yield from ask_first(view, routing.storage_nodes(group), question, Tables, settings)
             names.update(answer.names)
             bucket = answer.next_bucket
-    return sorted(names)
+    return sorted(name for name in names if not is_internal(name))
 
 
 def strong_versions(
@@ -186,68 +207,71 @@ def _settle(
     return {timeline: version for timeline, outcome, version in found if outcome == OK}
 
 
-def read_block(view: View, link: Link, block: Block, settings: SinkSettings) -> Script[DecodedBlock]:
-    """A block from whichever cold replica has it intact. Raises Unavailable, Corrupt."""
-    message = BlockRead(block.file, block.offset, block.length, block.crc)
-    reasons: list[str] = []
-    damaged = 0
-    nodes = view.routing.cold_order(link.bucket, link.window_start)
-    for node in sorted(nodes, key=view.is_suspect):
-        (answer,) = yield [Call(node, message, settings.call_timeout_s)]
-        if isinstance(answer, BlockBytes):
-            try:
-                verify(answer.data, block.crc)
-                return decode_block(answer.data, link.format)
-            except Corrupt as error:
-                answer = Failure("Corrupt", error.message)
-        damaged += isinstance(answer, Failure) and answer.kind == "Corrupt"
-        if isinstance(answer, CallFailed):
-            view.suspect(node)
-        reasons.append(f"{node}: {why_not(answer)}")
-    kind = Corrupt if damaged == len(nodes) else Unavailable
-    raise kind(f"no good copy of the block at {block.offset} of {block.file} ({'; '.join(reasons)})")
+def wiped_versions(
+    view: View, nodes: Sequence[str], timelines: list[bytes], settings: SinkSettings
+) -> Script[dict[bytes, int]]:
+    """For each timeline the version up to which it is wiped, by an answer that no acknowledged wipe is missing from.
 
-
-def copy_file(
-    view: View, nodes: Sequence[str], file: str, disk: int, data: bytes, crc: int, settings: SinkSettings
-) -> Script[None]:
-    """Write a file to one cold node after the other. Returns when all of them have it on disk, verified.
-
-    Raises Unavailable, or what a node refused it for.
+    A majority says which version each has at least, and a replica that has applied it says how far it is wiped.
+    Raises Unavailable.
     """
-    for node in nodes:
-        error: TimeTierError = Unavailable(f"{node}: not tried")
-        for attempt in range(settings.attempts):
-            if attempt:
-                yield Sleep(settings.back_off_s * 2 ** (attempt - 1))
-            try:
-                yield from _copy_to(view, node, file, disk, data, crc, settings)
+    found: dict[bytes, int] = {}
+    for start in range(0, len(timelines), _OWNERS_AT_ONCE):
+        part = timelines[start : start + _OWNERS_AT_ONCE]
+        floors = yield from strong_versions(view, nodes, part, settings)
+        for node in sorted(nodes, key=view.is_suspect):
+            part = [timeline for timeline in part if timeline not in found]
+            if not part:
                 break
-            except TimeTierError as failed:
-                error = failed
-        else:
-            raise error
+            count = len(part)
+            message = Check(part, pack_i64([-1] * count), bytes((POINT,)) * count, [_NO_ITEM] * count, bytes(4 * count))
+            (answer,) = yield [Call(node, message, settings.call_timeout_s)]
+            if not isinstance(answer, Checked) or not len(answer.wiped) == len(answer.chosen) == 8 * count:
+                continue
+            answers = zip(part, unpack_i64(answer.chosen), unpack_i64(answer.wiped), strict=True)
+            found.update({timeline: wiped for timeline, chosen, wiped in answers if chosen >= floors[timeline]})
+        if not found.keys() >= set(part):
+            raise Unavailable("no replica that is current tells which timelines were wiped")
+    return found
 
 
-def _copy_to(
-    view: View, node: str, file: str, disk: int, data: bytes, crc: int, settings: SinkSettings
-) -> Script[None]:
-    for offset in range(0, len(data), settings.piece_bytes):
-        piece = data[offset : offset + settings.piece_bytes]
-        last = offset + len(piece) == len(data)
-        message = FileWrite(file, disk, offset, piece, last, crc)
-        # The last answer comes after an fsync of the whole file.
-        timeout_s = settings.call_timeout_s * (3 if last else 1)
-        began_s = view.now()
-        (answer,) = yield [Call(node, message, timeout_s)]
-        if isinstance(answer, Failure):
-            kind = getattr(errors, answer.kind, Unavailable)
-            raise kind(f"{node}: {answer.message}")
-        if not isinstance(answer, FileWritten):
-            raise Unavailable(f"{node}: {why_not(answer)}")
-        if last and (answer.size, answer.crc) != (len(data), crc):
-            raise Corrupt(f"{node} has {answer.size} bytes of {file} with checksum {answer.crc:08x}, not {crc:08x}")
-        yield from rest(view, began_s, settings)
+def strong_links(view: View, buckets: Sequence[int], settings: SinkSettings) -> Script[dict[int, list[Link]]]:
+    """Links of many buckets, of all tables; no acknowledged one is missing. Raises Unavailable, ProtocolError."""
+    floors: dict[int, int] = {}
+    by_group: dict[int, list[int]] = {}
+    for bucket in buckets:
+        by_group.setdefault(view.routing.storage_group_of(bucket), []).append(bucket)
+    for group, its in by_group.items():
+        for start in range(0, len(its), _OWNERS_AT_ONCE):
+            part = its[start : start + _OWNERS_AT_ONCE]
+            timelines = [system_timeline(bucket) for bucket in part]
+            found = yield from strong_versions(view, view.routing.storage_nodes(group), timelines, settings)
+            floors.update({bucket: found[timeline] for bucket, timeline in zip(part, timelines, strict=True)})
+    return (yield from links_since(view, floors, settings))
+
+
+def links_since(view: View, floors: Mapping[int, int], settings: SinkSettings) -> Script[dict[int, list[Link]]]:
+    """Links of many buckets, of all tables, as of these versions of their system timelines or later.
+
+    Raises Unavailable, ProtocolError.
+    """
+    links: dict[int, list[Link]] = {}
+    buckets = [bucket for bucket, floor in floors.items() if floor]
+    for start in range(0, len(buckets), _BUCKETS_AT_ONCE):
+        part = buckets[start : start + _BUCKETS_AT_ONCE]
+        timelines = [system_timeline(bucket) for bucket in part]
+        nodes = [min(view.routing.storage_order(timeline), key=view.is_suspect) for timeline in timelines]
+        answers = yield [
+            Call(node, _links_question(timeline, b""), settings.call_timeout_s)
+            for node, timeline in zip(nodes, timelines, strict=True)
+        ]
+        for bucket, node, answer in zip(part, nodes, answers, strict=True):
+            try:
+                found, more = _links_in(node, answer, floors[bucket])
+            except (Unavailable, ProtocolError):
+                found, more = [], b"another replica may do better"
+            links[bucket] = found if not more else (yield from read_links(view, bucket, floors[bucket], settings))
+    return {bucket: links.get(bucket, []) for bucket in floors}
 
 
 def read_links(view: View, bucket: int, version: int, settings: SinkSettings) -> Script[list[Link]]:
@@ -270,27 +294,36 @@ def _read_links_of(node: str, timeline: bytes, version: int, settings: SinkSetti
     links: list[Link] = []
     before = b""
     while True:
-        message = Check([timeline], pack_i64([-1]), bytes((RANGE,)), [before], pack_u32([_LINKS_A_PAGE]))
-        (answer,) = yield [Call(node, message, settings.call_timeout_s)]
-        if not isinstance(answer, Checked):
-            raise Unavailable(f"{node}: {why_not(answer)}")
-        if (
-            answer.payloads != bytes((RANGE,))
-            or len(answer.floors) != 1
-            or len(answer.chosen) != 8
-            or len(answer.keys) != len(answer.values)
-        ):
-            raise ProtocolError(f"{node}: an unfit answer to Check")
-        if unpack_i64(answer.chosen)[0] < version:
-            raise Unavailable(f"{node} has not applied version {version} yet")
-        for key, kind, value in zip(answer.keys, answer.kinds, answer.values, strict=True):
-            if kind == PUT and not is_record(key):
-                links.append(decode_link(value))
-        if not answer.floors[0]:
+        (answer,) = yield [Call(node, _links_question(timeline, before), settings.call_timeout_s)]
+        found, floor = _links_in(node, answer, version)
+        links += found
+        if not floor:
             return links
-        if before and answer.floors[0] >= before:
+        if before and floor >= before:
             raise ProtocolError(f"{node}: a range that does not go on")
-        before = answer.floors[0]
+        before = floor
+
+
+def _links_question(timeline: bytes, before: bytes) -> Check:
+    return Check([timeline], pack_i64([-1]), bytes((RANGE,)), [before], pack_u32([_LINKS_A_PAGE]))
+
+
+def _links_in(node: str, answer: Message | CallFailed, version: int) -> tuple[list[Link], bytes]:
+    """Links of a page of a system timeline, and where the next page begins, b"" at the end."""
+    if not isinstance(answer, Checked):
+        raise Unavailable(f"{node}: {why_not(answer)}")
+    if (
+        answer.payloads != bytes((RANGE,))
+        or len(answer.floors) != 1
+        or len(answer.chosen) != 8
+        or len(answer.keys) != len(answer.values)
+    ):
+        raise ProtocolError(f"{node}: an unfit answer to Check")
+    chosen = unpack_i64(answer.chosen)[0]
+    if chosen < version or chosen < 0:
+        raise Unavailable(f"{node} has not applied version {version} yet")
+    rows = zip(answer.keys, answer.kinds, answer.values, strict=True)
+    return [decode_link(value) for key, kind, value in rows if kind == PUT and not is_record(key)], answer.floors[0]
 
 
 def is_record(key: bytes) -> bool:

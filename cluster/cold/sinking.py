@@ -51,12 +51,11 @@ from ..keys import (
     item_keys_timestamps,
     split_timeline,
     timeline_hash,
-    timestamp_floor,
 )
-from ..messages import PUT, Scanned, unpack_i64, unpack_u32
+from ..messages import Scanned, unpack_i64, unpack_u32
 from ..topology import TablePolicy
-from .block import Rows
 from .link import FORMAT, Block, Carried, Link
+from .rows import Rows
 
 MAX_CARRIED = 8
 
@@ -84,12 +83,16 @@ class Timeline(NamedTuple):
 
 @dataclass(slots=True)
 class Window:
-    """A window that gets a next generation. `parts`: for each timeline which of its rows lie in the window."""
+    """A window that gets a next generation. `parts`: for each timeline which of its rows lie in the window.
+
+    `due`: it does not wait for more rows.
+    """
 
     start: int
     end: int
     old: Link | None
     parts: list[tuple[Timeline, int, int]] = field(default_factory=list)
+    due: bool = False
 
     @property
     def generation(self) -> int:
@@ -116,16 +119,32 @@ def chosen_cut_offs(policy: TablePolicy, now_us: int, *, before: int | None, by_
     return CutOffs(before, written_before)
 
 
+def patience_of(policy: TablePolicy, now_us: int, max_wait_s: float) -> CutOffs:
+    """Cut-offs from which rows wait no longer for others: the standing rule's, so many seconds before."""
+    standing = standing_cut_offs(policy, now_us)
+    wait = int(max_wait_s * policy.per_second)
+    return CutOffs(_clipped(standing.event_before - wait), _clipped(standing.written_before - int(max_wait_s * 1e6)))
+
+
 def next_horizon(present: int, policy: TablePolicy, now_us: int) -> int:
     """Horizon (table's unit) to go by: the present one, unless a step worth writing down has passed.
 
-    It never decreases. A step is a window or a tenth of the retention, whichever is less.
+    It never decreases. A step is a window or a hundredth of the retention, whichever is less.
     """
     if not policy.retention:
         return present
-    wanted = _clipped(now_us * policy.per_second // 1_000_000 - policy.retention)
-    step = max(1, min(policy.window, policy.retention // 10))
-    return wanted if wanted >= present + step else present
+    wanted = wanted_horizon(policy, now_us)
+    return wanted if wanted >= present + horizon_step(policy) else present
+
+
+def wanted_horizon(policy: TablePolicy, now_us: int) -> int:
+    """Timestamp (table's unit) before which items have expired by a clock, for a table with retention."""
+    return _clipped(now_us * policy.per_second // 1_000_000 - policy.retention)
+
+
+def horizon_step(policy: TablePolicy) -> int:
+    """By how much (table's unit) the horizon moves at least."""
+    return max(1, min(policy.window, policy.retention // 100))
 
 
 def timelines_of(scanned: Scanned, table: bytes, cut_offs: CutOffs) -> list[Timeline]:
@@ -223,44 +242,6 @@ def _window_of(
 def expired_links(links: Iterable[Link], horizon: int) -> list[Link]:
     """Links of windows that have expired as a whole."""
     return [link for link in links if link.window_end <= horizon]
-
-
-def merge_window(window: Window, old_rows: Iterable[Rows], wiped: dict[bytes, int], horizon: int) -> Rows:
-    """Rows of the window's next generation, by (owner, key).
-
-    `old_rows`: rows of the blocks that the old link names. `wiped`: by owner, of all timelines that were scanned.
-    """
-    floor = timestamp_floor(horizon)
-    merged = Rows()
-    if window.old is None:
-        for timeline, low, high in sorted(window.parts, key=lambda part: part[0].owner):
-            for at in range(low, high):
-                if timeline.kinds[at] == PUT and timeline.versions[at] > timeline.wiped and timeline.keys[at] >= floor:
-                    merged.append(
-                        timeline.owner,
-                        timeline.keys[at],
-                        timeline.values[at],
-                        timeline.versions[at],
-                        timeline.written[at],
-                    )
-        return merged
-    newest: dict[tuple[bytes, bytes], tuple[int, bytes, int, int]] = {}
-    for rows in old_rows:
-        for owner, key, value, version, written in zip(
-            rows.owners, rows.keys, rows.values, rows.versions, rows.written, strict=True
-        ):
-            newest[owner, key] = (PUT, value, version, written)
-    for timeline, low, high in window.parts:
-        for at in range(low, high):
-            place = (timeline.owner, timeline.keys[at])
-            held = newest.get(place)
-            if held is None or timeline.versions[at] >= held[2]:
-                newest[place] = (timeline.kinds[at], timeline.values[at], timeline.versions[at], timeline.written[at])
-    for owner, key in sorted(newest):
-        kind, value, version, written = newest[owner, key]
-        if kind == PUT and version > wiped.get(owner, 0) and key >= floor:
-            merged.append(owner, key, value, version, written)
-    return merged
 
 
 def make_link(

@@ -46,7 +46,9 @@ class Answering:
     def _advance(self, answer: RowAnswer) -> None:
         """Bring the slot's page to the present version."""
         assert self.slot.page is not None, "a delta is asked for a page"
-        self.base = self.slot.page.apply(answer.rows, version=self.version, wiped=answer.wiped, horizon=answer.horizon)
+        self.base = self.slot.page.apply(
+            answer.rows, version=self.version, wiped=answer.wiped, horizon=self.slot.horizon
+        )
         self.same = True
         self.delta_items = len(answer.rows)
 
@@ -56,7 +58,7 @@ class Answering:
             len(rows) > 0
             and rows.kinds[0] == PUT
             and rows.versions[0] > answer.wiped
-            and rows.keys[0] >= timestamp_floor(answer.horizon)
+            and rows.keys[0] >= timestamp_floor(self.slot.horizon)
         )
         return ItemAnswer(self.version, rows.packed([0])[0] if visible else b"")
 
@@ -72,7 +74,7 @@ class Answering:
             before=row.bound + b"\x00" if is_point else (row.bound if row.want == RANGE else b""),
             limit=row.need,
             wiped=answer.wiped,
-            horizon=answer.horizon,
+            horizon=self.slot.horizon,
         )
         if is_point:
             self._points[hot_range] = row.bound

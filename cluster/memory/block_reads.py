@@ -14,6 +14,7 @@ import google_crc32c
 
 from ..cold.block import DecodedBlock, decode_block
 from ..cold.block_cache import BlockCache
+from ..cold.disk import DISK_REASON
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, Unavailable
@@ -21,6 +22,7 @@ from ..messages import BlockBytes, BlockRead, Failure, LinkRef, Message
 from ..routing import Routing
 from ..suspicion import Suspicion
 from .hot_cold import StartOver
+from .shared_reads import NO_TURN
 
 MAX_PARALLEL_BLOCKS = 4
 _LARGE_BYTES = 256 << 10  # a block that takes a while to decode
@@ -29,13 +31,17 @@ _MISSING = "missing"  # `reason` of a cold node's Corrupt: it has no such file
 
 @dataclass(slots=True)
 class _Attempt:
-    """The search for one good copy. `dead`, `missing`, `damaged`: copies tried without success since the start."""
+    """The search for one good copy. `dead`, `away`, `missing`, `damaged`: copies tried without success since the start.
+
+    `away`: on a disk that its node has taken out, or is filling; perhaps the node has no such file either.
+    """
 
     ref: LinkRef
     owner: bytes
     order: list[str]
     tried: int = 0
     dead: int = 0
+    away: int = 0
     missing: int = 0
     damaged: int = 0
     block: DecodedBlock | None = None
@@ -44,10 +50,10 @@ class _Attempt:
     def node(self) -> str:
         return self.order[self.tried]
 
-    @property
-    def question(self) -> BlockRead:
+    def question(self, left_s: float) -> BlockRead:
         ref = self.ref
-        return BlockRead(ref.file, ref.offset, ref.length, ref.crc, self.owner, ref.format)
+        left_ms = max(1, int(left_s * 1_000))
+        return BlockRead(ref.file, ref.offset, ref.length, ref.crc, self.owner, ref.format, left_ms)
 
 
 class BlockReader:
@@ -77,18 +83,22 @@ class BlockReader:
         block = self._blocks.get(ref.file, ref.offset, owner)
         return block if block is not None else self._blocks.get(ref.file, ref.offset)
 
-    def read(self, refs: list[LinkRef], owner: bytes, deadline: float) -> Script[list[DecodedBlock]]:
+    def read(
+        self, refs: list[LinkRef], owner: bytes, deadline: float, wanted: Callable[[], bool] = lambda: True
+    ) -> Script[list[DecodedBlock]]:
         """Blocks of `refs`, with the rows of `owner` at least, in their order, at most MAX_PARALLEL_BLOCKS at a time.
 
-        Raises StartOver when a file is gone from all replicas, Corrupt when every copy is damaged, Unavailable at the
-        deadline (monotonic seconds).
+        `wanted`: whether anybody still waits for them. Raises StartOver when a file is gone from all replicas, Corrupt
+        when every copy is damaged, Unavailable at the deadline (monotonic seconds), or when nobody waits.
         """
         blocks = []
         for first in range(0, len(refs), MAX_PARALLEL_BLOCKS):
-            blocks += yield from self._read_some(refs[first : first + MAX_PARALLEL_BLOCKS], owner, deadline)
+            blocks += yield from self._read_some(refs[first : first + MAX_PARALLEL_BLOCKS], owner, deadline, wanted)
         return blocks
 
-    def _read_some(self, refs: list[LinkRef], owner: bytes, deadline: float) -> Script[list[DecodedBlock]]:
+    def _read_some(
+        self, refs: list[LinkRef], owner: bytes, deadline: float, wanted: Callable[[], bool]
+    ) -> Script[list[DecodedBlock]]:
         attempts = [self._attempt(ref, owner) for ref in refs]
         timeout_s, pause_s = self._attempt_timeout_s, self._back_off_s
         while True:
@@ -99,7 +109,10 @@ class BlockReader:
             if left_s <= 0:
                 first = open_attempts[0].ref
                 raise Unavailable(f"no replica gave the block of {first.file} at {first.offset} in time")
-            replies = yield [Call(a.node, a.question, min(timeout_s, left_s)) for a in open_attempts]
+            if not wanted():
+                self._counters.add("abandoned_block_reads", len(open_attempts))
+                raise Unavailable("nobody waits for these blocks any more")
+            replies = yield [Call(a.node, a.question(left_s), min(timeout_s, left_s)) for a in open_attempts]
             rested = False
             for attempt, reply in zip(open_attempts, replies, strict=True):
                 self._take(attempt, reply)
@@ -137,9 +150,13 @@ class BlockReader:
             else:
                 self._counters.add("crc_failures")
                 attempt.damaged += 1
+        elif isinstance(reply, Failure) and reply.fields.get("reason") == DISK_REASON:
+            self._suspicion.trust(node)  # its other disks are well
+            attempt.away += 1
         else:
             attempt.dead += 1
-            self._suspicion.blame(node, reply)
+            if not (isinstance(reply, CallFailed) and reply.reason == NO_TURN):
+                self._suspicion.blame(node, reply)
 
     def _decode(self, ref: LinkRef, answer: BlockBytes) -> DecodedBlock | None:
         """The block, or None if the bytes are not those that the link names, or that the node has made of them."""
@@ -147,17 +164,30 @@ class BlockReader:
         if len(answer.data) != length or google_crc32c.value(answer.data) != crc:
             self._counters.add("crc_failures")
             return None
-        return decode_block(answer.data, ref.format)
+        try:
+            return decode_block(answer.data, ref.format)
+        except Corrupt as error:  # as it was written, so every replica has the same
+            raise Corrupt(
+                f"the block of {ref.file} at offset {ref.offset} can't be decoded: {error.message}",
+                file=ref.file,
+                offset=ref.offset,
+            ) from None
 
     @staticmethod
     def _start_over(attempt: _Attempt) -> None:
         """All replicas were tried: give up if none of them can help, else ask all of them again."""
         if not attempt.dead:
+            if attempt.missing and attempt.away:
+                # Most likely a later generation has replaced it. If not, it is on the disk that is out: not lost.
+                raise StartOver(f"{attempt.ref.file} is on no disk that can be read, but a link names it")
             if attempt.missing:
                 # A later generation has replaced it.
-                raise StartOver(f"{attempt.ref.file} is on no cold node, but a link names it", file=attempt.ref.file)
-            raise damaged(attempt.ref)
-        attempt.tried = attempt.dead = attempt.missing = attempt.damaged = 0
+                ref = attempt.ref
+                reason = f"the block of {ref.file} at offset {ref.offset} is on no cold node, but a link names it"
+                raise StartOver(reason, file=ref.file, offset=ref.offset)
+            if not attempt.away:
+                raise damaged(attempt.ref)
+        attempt.tried = attempt.dead = attempt.away = attempt.missing = attempt.damaged = 0
 
 
 def damaged(ref: LinkRef) -> Corrupt:

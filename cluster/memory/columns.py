@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import Corrupt
 from ..keys import MAX_BATCH_ITEMS, MAX_ID_BYTES, MIN_ITEM_KEY_BYTES, MIN_TIMESTAMP
-from ..messages import CORRUPT, OK, UNAVAILABLE, FoundItems, Pages, pack_i64
+from ..messages import CORRUPT, OK, UNAVAILABLE, Damage, FoundItems, Pages, pack_i64
 from ..packed_items import NO_ITEM, array_head, packed_array
 from .page_cache import PageCache
 from .pages import Page, PageSlice
 from .requests import ItemAnswer, PageAnswer, Read
 
 MAX_ANSWER_BYTES = 40 << 20  # items of one answer; what does not fit is to be asked for again
+MAX_DAMAGES = 1_000  # that one answer explains; the other damaged reads are only marked
 MAX_KEY_BYTES = 8 + 2 * MAX_ID_BYTES + 2
 _MIN_BOUND_BYTES = 8
 NO_PAGE = Page(-1, b"", b"", MIN_TIMESTAMP, [], b"", array("q", (0,)))
@@ -104,7 +105,7 @@ class ItemGlance(Glance):
                 outcomes[index] = _outcome(read)
         for index in _beyond(list(map(len, items))):
             outcomes[index], versions[index], items[index] = UNAVAILABLE, -1, NO_ITEM
-        return FoundItems(bytes(outcomes), pack_i64(versions), packed_array(items, len(items)))
+        return FoundItems(bytes(outcomes), pack_i64(versions), packed_array(items, len(items)), _damages(reads))
 
 
 class PageGlance(Glance):
@@ -157,6 +158,7 @@ class PageGlance(Glance):
             pack_i64(versions),
             bytes([part.more for part in slices]),
             packed_array([array_head(part.count) + part.packed for part in slices], len(slices)),
+            _damages(reads),
         )
 
     def _plain_answer(self, outcomes: bytearray, max_bytes: int) -> Pages | None:
@@ -194,6 +196,19 @@ def answer_bytes(read: Read) -> int:
 
 def _outcome(read: Read) -> int:
     return CORRUPT if isinstance(read.answer, Corrupt) else UNAVAILABLE
+
+
+def _damages(reads: Mapping[int, Read]) -> list[Damage]:
+    """What the damaged reads met, by their index, of `MAX_DAMAGES` at most."""
+    damages = []
+    for index, read in reads.items():
+        error = read.answer
+        if isinstance(error, Corrupt):
+            fields = error.fields
+            damages.append(Damage(index, fields.get("file", ""), fields.get("offset", 0), error.message))
+            if len(damages) == MAX_DAMAGES:
+                break
+    return damages
 
 
 def _beyond(sizes: list[int]) -> Iterable[int]:

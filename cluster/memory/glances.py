@@ -25,30 +25,33 @@ from .incarnations import Incarnations
 from .pages import Page
 
 _FEW = 256  # pages; array operations, each of which finds its code and data cold, begin to pay above that
-_LABELS = np.dtype([("digest", "V16"), ("version", "<i8"), ("mark", "<i8"), ("order", "<i8")])
-_LABEL = struct.Struct("<16sqqq")
-_DIGEST, _VERSION, _MARK, _ORDER_AT = slice(16), slice(16, 24), slice(24, 32), 32
+MAX_REPLICAS = 3
+_LABELS = np.dtype([("digest", "V16"), ("version", "<i8"), ("marks", "<i8", (MAX_REPLICAS,)), ("order", "<i8")])
+_LABEL = struct.Struct(f"<16sq{MAX_REPLICAS}qq")
+_DIGEST, _VERSION, _ORDER_AT = slice(16), slice(16, 24), 24 + 8 * MAX_REPLICAS
+_MARKS = [slice(24 + 8 * replica, 32 + 8 * replica) for replica in range(MAX_REPLICAS)]
 _MASK = (1 << 64) - 1
 
 
 class Label(NamedTuple):
     """What a question whether a page is current needs, packed into `Page.label`: one column for many pages.
 
-    `digest`, `order`: the timeline's `timeline_digest` and `priority_index`. `version`: of the page. `mark`: of the
-    replica by which its horizon was found to be the present one (see `messages.Same`).
+    `digest`, `order`: the timeline's `timeline_digest` and `priority_index`. `version`: of the page. `marks`: by
+    replica, one at which it knew of no later horizon than the page's (see `messages.Same`), 0 for none.
     """
 
     digest: bytes
     version: int
-    mark: int
+    marks: tuple[int, ...]
     order: int
 
     @classmethod
     def of(cls, page: Page) -> Label:
-        return cls._make(_LABEL.unpack(page.label))
+        digest, version, *marks, order = _LABEL.unpack(page.label)
+        return cls(digest, version, tuple(marks), order)
 
     def packed(self) -> bytes:
-        return _LABEL.pack(*self)
+        return _LABEL.pack(self.digest, self.version, *self.marks, self.order)
 
 
 class Glances:
@@ -106,15 +109,17 @@ class Glances:
         unproven: list[int] = []
         for order, group in groups.items():
             if marks.keys() >= set(voters[order]):  # who are no more than a majority
-                fresh = {marks[name] for name in voters[order]}
-                unproven += [place for place in group if labels[place][_MARK] not in fresh or place in refused]
+                for name in voters[order]:
+                    mark, cut = marks[name], _MARKS[names.index(name)]
+                    refused.update([place for place in group if labels[place][cut] != mark])
+                unproven += [place for place in group if place in refused] if refused else []
             else:
                 unproven += group
         return unproven
 
     def _prove_many(self, pages: Sequence[Page], names: Sequence[str]) -> Script[list[int]]:
         labels = np.frombuffer(b"".join([page.label for page in pages]), dtype=_LABELS)
-        orders, versions, marks, digests = (labels[name] for name in ("order", "version", "mark", "digest"))
+        orders, versions, marks, digests = (labels[name] for name in ("order", "version", "marks", "digest"))
         voters = self._voters(names)
         calls: list[Call] = []
         asked: list[npt.NDArray[np.intp]] = []
@@ -125,14 +130,12 @@ class Glances:
                 asked.append(places)
         replies = yield calls
         votes = np.zeros(len(pages), dtype=np.int64)
-        is_fresh = np.zeros(len(pages), dtype=np.bool_)
         for call, places, reply in zip(calls, asked, replies, strict=True):
             others = self._take(call.node, len(places), reply)
             if others is not None:
                 same = np.delete(places, others) if others else places
-                votes[same] += 1
-                is_fresh[same] |= marks[same] == reply.mark
-        unproven: list[int] = np.flatnonzero((votes <= len(names) // 2) | ~is_fresh).tolist()
+                votes[same] += marks[same, names.index(call.node)] == reply.mark
+        unproven: list[int] = np.flatnonzero(votes <= len(names) // 2).tolist()
         return unproven
 
     def _voters(self, names: Sequence[str]) -> npt.NDArray[np.bool_]:

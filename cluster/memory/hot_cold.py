@@ -19,11 +19,13 @@ _CHUNK_ITEMS = 64  # rows taken from a block beyond what is missing, because som
 
 
 class StartOver(Exception):
-    """The links of an answer can't be used: the read begins again, at another replica. `file`: one that is gone."""
+    """The links of an answer can't be used: the read begins again, at another replica. `file`, `offset`: a block that
+    no cold node has."""
 
-    def __init__(self, reason: str, *, file: str = "") -> None:
+    def __init__(self, reason: str, *, file: str = "", offset: int = 0) -> None:
         super().__init__(reason)
         self.file = file
+        self.offset = offset
 
 
 @dataclass(slots=True)

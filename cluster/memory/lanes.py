@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from ..carriers.base import Address, CallError, Carrier, Then, begin_task
 from ..config import CacheConfig
-from ..messages import BlockRead, Message
 from .requests import Read
 
 _FETCH_BYTES = 32 << 20  # what the answers to one fetch may hold
@@ -23,13 +21,15 @@ class ReadLimits:
 
     `batch_reads`: reads of the fast lane that one version check proves at the most. `fetch_reads`: the same of a fetch
     from the storage tier. `fetched_bytes`: what fetches and block reads under way may hold together; it bounds their
-    numbers. `stall_s`: a batch that takes longer no longer holds up the next one.
+    numbers. `stall_s`: a batch that takes longer no longer holds up the next one. `block_reads`: under way at a time at
+    the cold nodes, of all pages.
     """
 
     batch_reads: int = 4_096
     fetch_reads: int = 64
     fetched_bytes: int = 512 << 20
     stall_s: float = 0.02
+    block_reads: int = 32
 
     @property
     def max_fetches(self) -> int:
@@ -49,6 +49,7 @@ def limits_of(config: CacheConfig) -> ReadLimits:
         fetch_reads=config.fetch_reads,
         fetched_bytes=config.max_fetched_mb << 20,
         stall_s=config.stall_ms / 1_000,
+        block_reads=config.block_reads,
     )
 
 
@@ -146,55 +147,3 @@ class ReadLane:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._pump()  # for a queue that waits for the number of batches to fall
-
-
-_Place = tuple[str, str, int, int, bytes]
-
-
-class SharedBlockReads:
-    """A carrier on which equal block reads of one moment share one call."""
-
-    def __init__(self, carrier: Carrier) -> None:
-        self._carrier = carrier
-        self._under_way: dict[_Place, asyncio.Task[Message]] = {}
-
-    async def call(self, node: str, message: Message, timeout_s: float) -> Message:
-        """Answer of `node`. Raises CallError when none came in time."""
-        if not isinstance(message, BlockRead):
-            return await self._carrier.call(node, message, timeout_s)
-        key = (node, message.file, message.offset, message.length, message.owner)
-        task = self._under_way.get(key)
-        if task is None:
-            task = asyncio.create_task(self._carrier.call(node, message, timeout_s))
-            self._under_way[key] = task
-            task.add_done_callback(lambda done: self._forget(key, done))
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(task)
-        except TimeoutError:
-            raise CallError(f"no block of {node} within {timeout_s:.3f} s", sent=True) from None
-
-    def begin(self, node: str, message: Message, timeout_s: float, then: Then) -> None:
-        """Begin a `call`."""
-        if isinstance(message, BlockRead):
-            begin_task(self.call(node, message, timeout_s), then)
-        else:
-            self._carrier.begin(node, message, timeout_s, then)
-
-    def _forget(self, key: _Place, task: asyncio.Task[Message]) -> None:
-        del self._under_way[key]
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; if nobody did, it is no news
-
-    def send(self, node: str, message: Message) -> bool:
-        """Send one way."""
-        return self._carrier.send(node, message)
-
-    def update(self, addresses: Mapping[str, Address]) -> None:
-        """Replace what is known of where nodes listen."""
-        self._carrier.update(addresses)
-
-    async def close(self) -> None:
-        """Give up the reads under way. The carrier below belongs to whoever made it."""
-        for task in list(self._under_way.values()):
-            task.cancel()

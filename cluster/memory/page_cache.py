@@ -55,6 +55,15 @@ class PageCache:
         """Page of a timeline, without any consequence."""
         return self._pages.get(timeline)
 
+    def timelines(self) -> list[bytes]:
+        """Keys of all timelines that have a page."""
+        return list(self._pages)
+
+    def size_of(self, timeline: bytes) -> int:
+        """Memory that the page of a timeline takes, 0 without one."""
+        page = self._pages.get(timeline)
+        return 0 if page is None else _size(timeline, page)
+
     def put(self, timeline: bytes, page: Page) -> None:
         """Keep a page that reaches the newest item, unless a later version of the timeline's page is kept."""
         size = _size(timeline, page)

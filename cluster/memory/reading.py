@@ -25,7 +25,7 @@ from ..cold.block_cache import BlockCache
 from ..counters import Counters
 from ..effects import Call, CallFailed, Script, Sleep
 from ..errors import Corrupt, ProtocolError, Unavailable
-from ..keys import digest_seed, priority_index, timeline_digest
+from ..keys import bucket_of, digest_seed, priority_index, timeline_digest
 from ..messages import (
     OK,
     AskVersions,
@@ -42,7 +42,7 @@ from ..routing import Routing
 from ..suspicion import Suspicion
 from .answering import Answering
 from .block_reads import BlockReader
-from .glances import Glances, Label
+from .glances import MAX_REPLICAS, Glances, Label
 from .hot_cold import StartOver
 from .incarnations import Incarnations
 from .page_cache import PageCache
@@ -256,6 +256,8 @@ class Reader:
             return slot.votes.verdict()
         # A settled Prepare proves as much as a majority of answers.
         answers = slot.votes.answers
+        if len(answers) <= len(slot.order) // 2:
+            return Verdict(SHORT, slot.proven, None, [])  # the horizon takes a majority that tells it
         nodes = [node for node in answers if node == slot.proven_at or answers[node][0] >= slot.proven]
         return Verdict(PROVEN, slot.proven, None, nodes)
 
@@ -403,20 +405,32 @@ class Reader:
             base = base.trim(settings.max_page_items, settings.max_page_bytes)
             digest = timeline_digest(timeline, self._digest_seed)
             order = priority_index(timeline, self._routing.topology.storage_replicas)
-            base.label = Label(digest, base.version, work.slot.data_mark, order).packed()
+            base.label = Label(digest, base.version, self._marks(work.slot), order).packed()
             self.cache.put(timeline, base)
         elif known.label:
-            base.label = Label.of(base)._replace(mark=work.slot.data_mark).packed()
+            label = Label.of(base)
+            base.label = label._replace(marks=self._marks(work.slot, label.marks)).packed()
+
+    def _marks(self, slot: Slot, known: Sequence[int] = (0,) * MAX_REPLICAS) -> tuple[int, ...]:
+        """Marks of the replicas: those of whoever has told the horizon, and what is known of others."""
+        group = self._routing.storage_group_of(bucket_of(slot.timeline))
+        nodes = self._routing.storage_nodes(group)
+        told = [slot.marks.get(node, mark) for node, mark in zip(nodes, known, strict=False)]
+        return (*told, *known[len(told) :])
 
     def _fetch(self, work: Answering) -> ReadScript:
         """Read the blocks that ranges need, then answer from them."""
         step = Step()
         deadline = max(read.deadline for read in work.reads)
+
+        def wanted() -> bool:
+            return any(read.wanted() for read in work.reads)
+
         error: Corrupt | Unavailable
         try:
             while work.pending:
                 refs = work.needed()[:_MAX_BLOCKS_HELD]
-                blocks = yield from self._block_reader.read(refs, work.owner, deadline)
+                blocks = yield from self._block_reader.read(refs, work.owner, deadline, wanted)
                 for hot_range in work.pending:
                     for ref, block in zip(refs, blocks, strict=True):
                         hot_range.add(ref, block)
@@ -440,8 +454,8 @@ class Reader:
     def _start_over(self, slot: Slot, reads: list[Read], reason: StartOver, step: Step) -> None:
         """Read again, at another replica first: the one that gave the links may be behind."""
         if slot.restarts >= self.settings.max_restarts:
-            gone = Corrupt(str(reason), file=reason.file, offset=0) if reason.file else Unavailable(str(reason))
-            self._fail(reads, gone, step)
+            gone = Corrupt(str(reason), file=reason.file, offset=reason.offset)
+            self._fail(reads, gone if reason.file else Unavailable(str(reason)), step)
             return
         again = self._slot(slot.timeline, slot.page, reads)
         again.restarts = slot.restarts + 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import ProtocolError, TimeTierError
+from ..keys import MIN_TIMESTAMP
 from ..messages import (
     DELTA,
     POINT,
@@ -62,6 +64,7 @@ class Read:
     max_bytes: int = 0  # of a page, packed
     answer: PageAnswer | ItemAnswer | TimeTierError | None = None
     ticket: object = None  # whoever waits for it
+    wanted: Callable[[], bool] = lambda: True  # whether they still do
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,9 @@ class RowAnswer:
 class Slot:
     """One timeline in a strong read, with the reads that share the answer.
 
-    `page`: what the reader has of the timeline. `data`: the answers to `rows`, as of `data_version`; `data_mark`: of
-    the replica that they are from (see `messages.Same`). `failed`: nodes that brought no answer to this read.
+    `page`: what the reader has of the timeline. `data`: the answers to `rows`, as of `data_version`. `horizon`: the
+    greatest that any replica has told; whoever's answer counts has told one. `marks`: by node, as of when it told that
+    (see `messages.Same`). `failed`: nodes that brought no answer to this read.
     `check_at`, `ask_at`, `known`: whom the next round asks, and for what.
     """
 
@@ -102,11 +106,12 @@ class Slot:
         "ask_at",
         "check_at",
         "data",
-        "data_mark",
         "data_version",
         "failed",
         "generation",
+        "horizon",
         "known",
+        "marks",
         "order",
         "page",
         "proven",
@@ -135,7 +140,8 @@ class Slot:
         self.proven_at = ""
         self.data: list[RowAnswer] | None = None
         self.data_version = -1
-        self.data_mark = 0
+        self.horizon = MIN_TIMESTAMP
+        self.marks: dict[str, int] = {}
         self.failed: set[str] = set()
         self.why = ""
         self.tried: set[tuple[str, int]] = set()  # who was asked for data as of which version
@@ -226,8 +232,12 @@ def take_versions(node: str, answer: Versions, slots: list[Slot]) -> None:
     if len(chosen) != len(slots):
         raise ProtocolError(f"{node} answered {len(chosen)} version questions of {len(slots)}")
     opens = _opens(node, answer.opens, len(slots))
+    horizons, unsure = unpack_i64(answer.horizons), set(unpack_u32(answer.unsure))
+    if len(horizons) not in (0, len(slots)):
+        raise ProtocolError(f"{node} told {len(horizons)} horizons of {len(slots)}")
     for index, slot in enumerate(slots):
-        _vote(node, slot, chosen[index], opens.get(index))
+        sure = chosen[index] if index not in unsure else -1
+        _vote(node, slot, sure, opens.get(index), horizons[index] if horizons else MIN_TIMESTAMP, answer.mark)
 
 
 def take_checked(node: str, answer: Checked, slots: list[Slot]) -> None:
@@ -245,19 +255,20 @@ def take_checked(node: str, answer: Checked, slots: list[Slot]) -> None:
         spans.append((first, end))
         first = end
     for slot, (first, end) in zip(slots, spans, strict=True):
-        _vote(node, slot, chosen[first], opens.get(first))
+        _vote(node, slot, chosen[first], opens.get(first), answers[first].horizon, answer.mark)
         if chosen[first] > slot.data_version:
             slot.data_version = chosen[first]
             slot.data = answers[first:end]
-            slot.data_mark = answer.mark
 
 
-def _vote(node: str, slot: Slot, chosen: int, ballot: Ballot | None) -> None:
+def _vote(node: str, slot: Slot, chosen: int, ballot: Ballot | None, horizon: int, mark: int) -> None:
     if chosen < 0:
         slot.failed.add(node)
         slot.why = f"{node} does not answer for this timeline"
     else:
         slot.failed.discard(node)
+        slot.horizon = max(slot.horizon, horizon)
+        slot.marks[node] = mark
         slot.votes.add(node, chosen, ballot)
 
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ..carriers.base import Carrier, Reply, at_fast_door
+from ..carriers.base import Carrier, Reply, at_fast_door, still_wanted
 from ..cold.block import DecodedBlock
 from ..cold.block_cache import BlockCache
 from ..counters import Counters
@@ -31,6 +31,8 @@ from ..messages import (
     INVALID,
     MISPLACED,
     OK,
+    AskHeld,
+    AskReads,
     Message,
     Ping,
     Pong,
@@ -51,13 +53,16 @@ from .columns import (
     answer_bytes,
     is_page_read,
 )
-from .lanes import ReadLane, ReadLimits, SharedBlockReads
+from .lanes import ReadLane, ReadLimits
+from .looks import Looks
 from .page_cache import PageCache
 from .pages import Page
 from .proving import ProofLane, Told
 from .reading import Reader
 from .requests import Read
+from .shared_reads import SharedBlockReads
 from .steps import Job, ReaderSettings, Step
+from .tickets import Ticket
 
 _log = logging.getLogger(__name__)
 
@@ -66,34 +71,6 @@ _MIN_PAGE_BYTES = 256 << 10
 _FILL_BATCHES = 4
 _MAX_BATCHES = 16
 _MAX_JOBS = 128
-
-
-class _Ticket:
-    """Reads of one message that go the long way: how many are left, and the bytes of answers that it holds meanwhile.
-    `then` is called once: when none is left, when the time is over, or when the node stops."""
-
-    __slots__ = ("is_over", "left", "nbytes", "then", "timer")
-
-    def __init__(self, reads: list[Read], then: Callable[[_Ticket], None], timeout_s: float) -> None:
-        self.left = len(reads)
-        self.nbytes = 0
-        self.is_over = False
-        self.then = then
-        self.timer = asyncio.get_running_loop().call_later(timeout_s, self.end)
-        for read in reads:
-            read.ticket = self
-
-    def one_done(self) -> None:
-        self.left -= 1
-        if not self.left:
-            self.end()
-
-    def end(self) -> None:
-        """Let the message be answered as it stands; answers that come later count for nobody."""
-        if not self.is_over:
-            self.is_over = True
-            self.timer.cancel()
-            self.then(self)
 
 
 class CacheService:
@@ -116,11 +93,13 @@ class CacheService:
         settings: ReaderSettings | None = None,
         limits: ReadLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
         """`budget_bytes`: memory for pages; 0 keeps none. `max_queued_requests`: reads in this node at a time, beyond
         which it refuses with `Unavailable`; `max_queued_bytes`: of answers that wait for the rest of their message,
         beyond which a read fails. `settings` overrides all other times and limits; `page_items` goes into
-        them when they are not given. `limits`: of the lanes. `clock`: monotonic seconds. Raises InvalidRequest.
+        them when they are not given. `limits`: of the lanes. `clock`: monotonic seconds. `wall_us`: microseconds since
+        1970, for statistics alone. Raises InvalidRequest.
         """
         for argument, value in (("budget_bytes", budget_bytes), ("block_cache_bytes", block_cache_bytes)):
             if value < 0:
@@ -136,7 +115,6 @@ class CacheService:
         self._clock = clock
         self._topology = topology
         self._routing = Routing(topology)
-        self._carrier = SharedBlockReads(carrier)
         self._cache = PageCache(budget_bytes)
         self._blocks: BlockCache[DecodedBlock] = BlockCache(block_cache_bytes)
         self._reader = Reader(
@@ -148,13 +126,21 @@ class CacheService:
             settings=settings or ReaderSettings(page_items=page_items),
             counters=self.counters,
         )
+        self._looks = Looks(
+            self._cache,
+            lambda table: self._topology.policy(table),
+            clock=clock,
+            wall_us=wall_us,
+            random=random.Random(seed),
+        )
         self._limits = limits or ReadLimits()
+        self._carrier = SharedBlockReads(carrier, most=self._limits.block_reads, counters=self.counters)
         self._max_queued_requests = max_queued_requests
         self._max_queued_bytes = max_queued_bytes
         self._open = 0  # reads without an answer yet
         self._answer_bytes = 0  # of answers that are not from pages in memory
         self._serving = True
-        self._tickets: set[_Ticket] = set()
+        self._tickets: set[Ticket] = set()
         self._proofs = ProofLane(
             self._begin_proof,
             parallel=1,
@@ -196,6 +182,8 @@ class CacheService:
             return Status(json.dumps(self.status()).encode())
         if isinstance(message, Ping):
             return Pong()
+        if isinstance(message, AskReads | AskHeld):
+            return await self._looks.answer(message)
         raise InvalidRequest(f"{self.name} is a cache node: it takes no {type(message).__name__} messages")
 
     def begin(self, message: Message, reply: Reply) -> bool:
@@ -216,6 +204,7 @@ class CacheService:
             self._topology = topology
             self._routing = Routing(topology)
             self._reader.update(self._routing)
+            self._looks.read_ages.forget_policies()
 
     def status(self) -> dict[str, Any]:
         """State and figures."""
@@ -263,16 +252,18 @@ class CacheService:
         deadline = self._deadline(message.timeout_ms)
         max_bytes = max(_MIN_PAGE_BYTES, MAX_ANSWER_BYTES // 2 // max(count, 1))
         glance = PageGlance(self._cache, timelines, bounds, limits)
+        wanted = still_wanted(reply)
+        reads: dict[int, Read] = {}
+        reply = self._looks.see_pages(reply, timelines, glance, bounds, limits, reads)
 
         def proven() -> None:
-            reads: dict[int, Read] = {}
             outcomes = self._place(timelines, glance.rest)
             for index in glance.rest:
                 if outcomes[index] == OK and not is_page_read(bounds[index], limits[index]):
                     outcomes[index] = INVALID
                 if outcomes[index] == OK:
                     reads[index] = Read(timelines[index], bounds[index], limits[index], deadline, max_bytes)
-            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads, max_bytes))
+            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads, max_bytes), wanted)
 
         self._prove(glance, reply, proven)
 
@@ -281,6 +272,7 @@ class CacheService:
         self._check_columns(timelines, keys)
         deadline = self._deadline(message.timeout_ms)
         glance = ItemGlance(self._cache, timelines, keys)
+        wanted = still_wanted(reply)
 
         def proven() -> None:
             reads: dict[int, Read] = {}
@@ -290,9 +282,10 @@ class CacheService:
                     outcomes[index] = INVALID
                 if outcomes[index] == OK:
                     reads[index] = Read(timelines[index], keys[index], 0, deadline)
-            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads))
+            self._answer_all(reads, deadline, reply, lambda: glance.answer(outcomes, reads), wanted)
 
         self._prove(glance, reply, proven)
+        self._looks.see_items(timelines, keys)  # while the proof is under way
 
     @staticmethod
     def _check_columns(timelines: list[bytes], *columns: Sequence[object]) -> int:
@@ -370,9 +363,16 @@ class CacheService:
         return running
 
     def _answer_all(
-        self, reads: Mapping[int, Read], deadline: float, reply: Reply, answer: Callable[[], Message]
+        self,
+        reads: Mapping[int, Read],
+        deadline: float,
+        reply: Reply,
+        answer: Callable[[], Message],
+        wanted: Callable[[], bool],
     ) -> None:
-        """Have the reads of a message answered, as far as that is possible before the deadline; then reply."""
+        """Have the reads of a message answered, as far as that is possible before the deadline; then reply.
+
+        `wanted`: whether whoever asked is still there."""
         if not reads:
             reply(answer())
             return
@@ -380,7 +380,7 @@ class CacheService:
             reply(Unavailable(f"{self.name} is stopping"))
             return
 
-        def over(ticket: _Ticket) -> None:
+        def over(ticket: Ticket) -> None:
             self._tickets.discard(ticket)
             if ticket.left:
                 self.counters.add("timeouts", ticket.left)
@@ -391,7 +391,7 @@ class CacheService:
             self._answer_bytes -= ticket.nbytes
 
         self._open += len(reads)
-        self._tickets.add(_Ticket(list(reads.values()), over, deadline - self._clock()))
+        self._tickets.add(Ticket(list(reads.values()), over, deadline - self._clock(), wanted))
         is_resident = self._reader.is_resident
         fast: list[Read] = []
         fill: list[Read] = []
@@ -415,8 +415,7 @@ class CacheService:
     def _is_wanted(self, read: Read) -> bool:
         """Whether somebody still waits for a read. Behind many others it may have waited until its deadline, and to
         fetch what nobody waits for would have the next ones wait, too."""
-        ticket = read.ticket
-        if not isinstance(ticket, _Ticket) or not ticket.is_over:
+        if read.wanted():
             return True
         self.counters.add("abandoned")
         self._give_up([read], Unavailable("its deadline has passed"))
@@ -457,7 +456,7 @@ class CacheService:
     def _count_answer(self, read: Read) -> None:
         """Count an answer until its message is answered, or drop it if there is no room for it."""
         ticket, size = read.ticket, answer_bytes(read)
-        if not isinstance(ticket, _Ticket) or ticket.is_over or not size:
+        if not isinstance(ticket, Ticket) or ticket.is_over or not size:
             return
         if ticket.nbytes + size > MAX_ANSWER_BYTES or self._answer_bytes + size > self._max_queued_bytes:
             self.counters.add("refused")
@@ -468,7 +467,7 @@ class CacheService:
 
     def _done(self, read: Read) -> None:
         ticket = read.ticket
-        if isinstance(ticket, _Ticket):
+        if isinstance(ticket, Ticket):
             read.ticket = None
             self._open -= 1
             ticket.one_done()
@@ -479,7 +478,13 @@ class CacheService:
             (self._heavy_jobs, self._heavy_tasks, self._limits.max_heavy_jobs),
         ):
             while jobs and len(tasks) < most and self._serving:
-                task = asyncio.create_task(self._run_job(jobs.popleft()))
+                job = jobs.popleft()
+                if job.reads and not any(read.wanted() for read in job.reads):
+                    self.counters.add("abandoned", len(job.reads))
+                    job.script.close()
+                    self._give_up(job.reads, Unavailable("nobody waits for it any more"))
+                    continue
+                task = asyncio.create_task(self._run_job(job))
                 tasks.add(task)
                 task.add_done_callback(self._job_finished)
 

@@ -21,6 +21,17 @@ import msgspec
 
 from .. import errors
 from ..errors import ProtocolError, TimeTierError
+from .backup import (
+    AskRestore,
+    AskRestored,
+    BeginRestore,
+    Dump,
+    Dumped,
+    Restore,
+    RestoredBuckets,
+    RestoreFacts,
+    TimelineState,
+)
 from .base import (
     CONFLICT,
     CORRUPT,
@@ -50,6 +61,7 @@ from .base import (
     StatusRequest,
 )
 from .clients import (
+    Damage,
     FoundItems,
     Pages,
     ReadItems,
@@ -63,8 +75,12 @@ from .cold import (
     DISK_REPLACING,
     DISK_SERVES,
     AskDisks,
+    AskPlaces,
     BlockBytes,
     BlockRead,
+    DiskList,
+    DiskReplace,
+    DiskRetry,
     Disks,
     FileFacts,
     FileInfo,
@@ -75,6 +91,8 @@ from .cold import (
     Files,
     FileWrite,
     FileWritten,
+    Places,
+    ScrubNow,
 )
 from .columns import (
     pack_i64,
@@ -97,6 +115,23 @@ from .comparing import (
     Mend,
     Position,
     Tables,
+)
+from .looking import (
+    COUNTS,
+    NO_ROWS,
+    ROWS,
+    Ages,
+    AskAges,
+    AskHeld,
+    AskReads,
+    AskTimeline,
+    BlockFacts,
+    Held,
+    LinkFacts,
+    ReadAges,
+    RowFacts,
+    TimelineFacts,
+    WindowFacts,
 )
 from .peers import (
     Accept,
@@ -132,6 +167,9 @@ from .readers import (
     Versions,
 )
 from .sinking import (
+    AskOverlay,
+    BucketOverlay,
+    Overlay,
     Scan,
     Scanned,
 )
@@ -139,6 +177,7 @@ from .sinking import (
 __all__ = [
     "CONFLICT",
     "CORRUPT",
+    "COUNTS",
     "DELETE",
     "DELTA",
     "DISK_ABSENT",
@@ -150,10 +189,12 @@ __all__ = [
     "MISPLACED",
     "NO_BALLOT",
     "NO_LIFE",
+    "NO_ROWS",
     "OK",
     "POINT",
     "PUT",
     "RANGE",
+    "ROWS",
     "SAME",
     "STALE",
     "UNAVAILABLE",
@@ -164,26 +205,44 @@ __all__ = [
     "AcceptedAll",
     "AcceptedList",
     "Accepts",
+    "Ages",
     "AskAccepted",
+    "AskAges",
     "AskChanged",
     "AskChosen",
     "AskDigests",
     "AskDisks",
+    "AskHeld",
     "AskLives",
+    "AskOverlay",
+    "AskPlaces",
+    "AskReads",
+    "AskRestore",
+    "AskRestored",
     "AskSame",
     "AskTables",
+    "AskTimeline",
     "AskVersions",
     "Ballot",
+    "BeginRestore",
     "BlockBytes",
+    "BlockFacts",
     "BlockRead",
+    "BucketOverlay",
     "ChangedList",
     "Check",
     "Checked",
     "Chosen",
     "ChosenAll",
     "ChosenList",
+    "Damage",
     "Digests",
+    "DiskList",
+    "DiskReplace",
+    "DiskRetry",
     "Disks",
+    "Dump",
+    "Dumped",
     "Entries",
     "Failure",
     "Fetch",
@@ -197,8 +256,10 @@ __all__ = [
     "FileWritten",
     "Files",
     "FoundItems",
+    "Held",
     "Known",
     "Life",
+    "LinkFacts",
     "LinkRef",
     "Links",
     "Lives",
@@ -206,21 +267,29 @@ __all__ = [
     "Message",
     "Nack",
     "Open",
+    "Overlay",
     "Pages",
     "Part",
     "PeerBatch",
     "PeerMessage",
     "Ping",
+    "Places",
     "Pong",
     "Position",
     "Prepare",
     "Promise",
+    "ReadAges",
     "ReadItems",
     "ReadPages",
     "Request",
+    "Restore",
+    "RestoreFacts",
+    "RestoredBuckets",
+    "RowFacts",
     "Same",
     "Scan",
     "Scanned",
+    "ScrubNow",
     "Settle",
     "Settled",
     "SingleMessage",
@@ -228,9 +297,12 @@ __all__ = [
     "Status",
     "StatusRequest",
     "Tables",
+    "TimelineFacts",
+    "TimelineState",
     "Unheard",
     "Value",
     "Versions",
+    "WindowFacts",
     "Write",
     "Written",
     "decode",
@@ -247,6 +319,14 @@ MAX_FRAME_BYTES = 64 << 20  # the largest frame that a carrier takes; batches st
 
 Message = (
     Failure
+    | Dump
+    | Dumped
+    | AskRestore
+    | RestoreFacts
+    | BeginRestore
+    | Restore
+    | AskRestored
+    | RestoredBuckets
     | Ping
     | Pong
     | StatusRequest
@@ -281,6 +361,16 @@ Message = (
     | Tables
     | Scan
     | Scanned
+    | AskOverlay
+    | Overlay
+    | AskTimeline
+    | TimelineFacts
+    | AskAges
+    | Ages
+    | AskHeld
+    | Held
+    | AskReads
+    | ReadAges
     | BlockRead
     | BlockBytes
     | FileWrite
@@ -294,6 +384,12 @@ Message = (
     | FilePiece
     | AskDisks
     | Disks
+    | DiskList
+    | DiskReplace
+    | DiskRetry
+    | AskPlaces
+    | Places
+    | ScrubNow
 )
 
 _encoder = msgspec.msgpack.Encoder()

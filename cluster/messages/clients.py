@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..packed_items import Item
-from .base import Request
+from .base import Part, Request
 
 
 class Write(Request):
@@ -28,6 +28,15 @@ class Written(Request):
     versions: bytes
 
 
+class Damage(Part):
+    """Why read number `index` of a message is CORRUPT. `file`, `offset`: the block of which no copy is good."""
+
+    index: int
+    file: str
+    offset: int
+    reason: str
+
+
 class ReadPages(Request):
     """Newest items of each timeline that are older than `before` (an item key, exclusive; b"" = from the newest)."""
 
@@ -40,12 +49,13 @@ class ReadPages(Request):
 
 class Pages(Request):
     """Answer to `ReadPages`. `items`: of each page, oldest first (a node packs them, see `packed_items`). `more`: 1
-    where older items may exist."""
+    where older items may exist. `damages`: of some of the reads that are CORRUPT."""
 
     outcomes: bytes
     timeline_versions: bytes
     more: bytes
     items: list[list[Item]]
+    damages: list[Damage] = []
 
 
 class ReadItems(Request):
@@ -58,8 +68,10 @@ class ReadItems(Request):
 
 
 class FoundItems(Request):
-    """Answer to `ReadItems`. `items`: None where there is none (a node packs them, see `packed_items`)."""
+    """Answer to `ReadItems`. `items`: None where there is none (a node packs them, see `packed_items`). `damages`: of
+    some of the reads that are CORRUPT."""
 
     outcomes: bytes
     timeline_versions: bytes
     items: list[Item | None]
+    damages: list[Damage] = []

@@ -14,7 +14,8 @@ DISK_REPLACING = 3  # it is being filled from a peer; takes no files of the sink
 class BlockRead(Request):
     """Read `length` bytes at `offset` of `file` and check them against `crc` (CRC32C).
 
-    `owner`: only the rows of this owner are wanted, of a block of `format`; b"" for the block as it is.
+    `owner`: only the rows of this owner are wanted, of a block of `format`; b"" for the block as it is. `timeout_ms`:
+    how long whoever asks waits for it in all; what no disk thread has taken by then is not read. 0: for ever.
     """
 
     file: str
@@ -23,6 +24,7 @@ class BlockRead(Request):
     crc: int
     owner: bytes = b""
     format: int = 0
+    timeout_ms: int = 0
 
 
 class BlockBytes(Request):
@@ -34,7 +36,11 @@ class BlockBytes(Request):
 
 
 class FileWrite(Request):
-    """A piece of a new file at `offset`. The last piece makes it durable under its name, if `crc` agrees."""
+    """A piece of a new file at `offset`. The last piece makes it durable under its name, if `crc` agrees.
+
+    `epoch`: of the run of the sink that writes it, 0 for whoever is none. A node refuses epochs lower than one it
+    has seen.
+    """
 
     file: str
     disk: int
@@ -42,6 +48,7 @@ class FileWrite(Request):
     data: bytes
     last: bool
     crc: int  # CRC32C of the whole file, as the writer computed it
+    epoch: int = 0
 
 
 class FileWritten(Request):
@@ -67,9 +74,11 @@ class Files(Request):
 
 
 class FileRemove(Request):
-    """Remove files. Answered by `Pong`; a file that is not there is no error."""
+    """Remove files. Answered by `Pong`; a file that is not there is no error. `epoch`: as in `FileWrite`; without
+    files it makes the epoch known."""
 
     files: list[str]
+    epoch: int = 0
 
 
 class FileInfo(Request):
@@ -118,3 +127,48 @@ class Disks(Request):
     states: bytes
     free: bytes
     reasons: list[str]
+
+
+class AskPlaces(Request):
+    """Where do these files lie? For whoever runs on the node's own machine, and may read them in place."""
+
+    files: list[str]
+
+
+class Places(Request):
+    """Answer to `AskPlaces`. `host`: identity of the node's machine; `paths`: absolute, "" where there is none."""
+
+    host: str
+    paths: list[str]
+
+
+class DiskList(Request):
+    """Ask for the files of one disk whose names come after `cursor`. Answered by `Files` while the disk serves."""
+
+    disk: int
+    cursor: str
+
+
+class DiskReplace(Request):
+    """Format the folder of a disk and copy all its files from the peers. Answered by `Pong` once it has begun.
+
+    `erase`: remove what is there first.
+    """
+
+    disk: int
+    erase: bool
+
+
+class DiskRetry(Request):
+    """Look again at a disk that is out. Answered by `Disks`."""
+
+    disk: int
+
+
+class ScrubNow(Request):
+    """Read all files at once and check them, at so many MB/s (0 = as configured). Answered by `Pong` when it has begun.
+
+    A round that is under way goes on, at this rate. `StatusRequest` tells how far it is.
+    """
+
+    mb_per_s: float

@@ -65,7 +65,8 @@ class Checked(Request):
     `payloads`: SAME, DELTA, RANGE or POINT. Items are newest first in a RANGE, in log order in a DELTA.
     `wiped`: int64, items (also in blocks) of a version up to this one are deleted.
     `floors`: for a RANGE the item key down to which hot rows and links are complete; b"" = to the oldest.
-    `horizons`: int64, items with a timestamp below this have expired.
+    `horizons`: int64, items with a timestamp below this have expired, as far as this replica has applied it. One that
+    has accepted a horizon, and does not know whether it was chosen, tells none for that table in the bucket.
     `incarnations`: see `Versions`.
     """
 
@@ -93,7 +94,8 @@ class AskVersions(Request):
 
 
 class Versions(Request):
-    """Answer to `AskVersions`. `chosen`: int64.
+    """Answer to `AskVersions`. `chosen`: int64. `horizons`: as in `Checked`, b"" when no table has any; `unsure`:
+    uint32, requests of which this replica can't tell the horizon. `mark`: see `Same`.
 
     `incarnations`: by replica, the greatest one that this replica has seen (0 for none; its own for itself). What a
     replica answered counts only if no other answer of the same read has seen a later incarnation of it.
@@ -102,6 +104,9 @@ class Versions(Request):
     chosen: bytes
     opens: list[Open]
     incarnations: list[int] = []
+    horizons: bytes = b""
+    unsure: bytes = b""
+    mark: int = 0
 
 
 class AskSame(Request):
@@ -118,8 +123,9 @@ class Same(Request):
     """Answer to `AskSame`: each timeline is at the very version that was named, and nothing has been accepted after it,
     but for those at `others` (uint32 column of indices), about which this says nothing.
 
-    `mark`: a number of this life of the replica, never one that another replica or life uses, that changes whenever a
-    table's retention horizon moves on here. A page that was proven current at one mark has no expired items at it.
+    `mark`: a number of this life of the replica, never one that another replica or life uses, that changes whenever it
+    accepts or applies a retention horizon. A page that was read when a majority had these marks has no expired
+    items while a majority has them.
     `incarnations`: as in `Versions`.
     """
 

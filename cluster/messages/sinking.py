@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..keys import MIN_TIMESTAMP
-from .base import Request
+from .base import Part, Request
 
 
 class Scan(Request):
@@ -30,7 +30,9 @@ class Scan(Request):
 
 class Scanned(Request):
     """Answer to `Scan`. Requests are timelines here: `counts[i]` eligible rows of `timelines[i]`, oldest first; none of
-    one that was wiped and has no other reason to be named.
+    one that was wiped and has no other reason to be named. Such a one is named until no link holds rows of it that were
+    wiped (`Link.holds_wiped` with its `wiped`): each window that does needs a next generation, whose link names the
+    owner at the version of this answer, or not at all.
 
     `links`: encoded `Link`s of this table that the replica has applied. `system_version`: to be named in
     `if_version` when links are written. `scanned_bucket`: answers may skip empty buckets; it is the bucket that the
@@ -52,3 +54,52 @@ class Scanned(Request):
     horizon: int
     next_bucket: int
     next_cursor: bytes
+
+
+class AskOverlay(Request):
+    """What hides rows of cold blocks: of `table` in `buckets` (uint32, increasing).
+
+    `cursor`: the timeline to go on from in the first of them, b"" = from its beginning. `limit_bytes`: of the answer,
+    about; at least one timeline is answered.
+    """
+
+    table: bytes
+    buckets: bytes
+    cursor: bytes
+    limit_bytes: int
+
+
+class BucketOverlay(Part):
+    """Links of one table in one bucket, and what the storage tier has that is newer than their blocks.
+
+    Requests are timelines here: `counts[i]` items of `timelines[i]`, `keys` with `versions` (int64): rows of these
+    items in blocks are hidden when their version is lower. Tombstones are among them, rows that a link covers are not.
+    `wiped`: int64, rows of the timeline up to this version are deleted. `horizon`: as in `Checked`.
+    `opens`, `open_entries` (int64): timelines of which this replica has accepted that entry and does not know whether
+    it was chosen, where it would hide something; the bucket's system timeline among them.
+    `links`: empty in what goes on from a cursor.
+    """
+
+    bucket: int
+    system_version: int
+    horizon: int
+    links: list[bytes]
+    timelines: list[bytes]
+    wiped: bytes
+    counts: bytes
+    keys: list[bytes]
+    versions: bytes
+    opens: list[bytes]
+    open_entries: bytes
+
+
+class Overlay(Request):
+    """Answer to `AskOverlay`: the first of the buckets that were asked for. What is told of a timeline is of one
+    instant of this replica, and all of a part as of one version of the bucket's links.
+
+    `next_cursor`: where to go on in the last of them, b"" when it is complete. `incarnations`: as in `Versions`.
+    """
+
+    parts: list[BucketOverlay]
+    next_cursor: bytes
+    incarnations: list[int]

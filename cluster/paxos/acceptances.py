@@ -28,7 +28,7 @@ class Acceptances:
         self._written = -1
         self._record_head = b""
         self._row_heads = (b"", b"")
-        self._watches_age = core.quiet.watches
+        self._watches_age = core.quiet.watches or core.expiry.watches
 
     def add(self, timeline: Timeline, written: int, request_id: bytes, kind: int, item: bytes, content: bytes) -> None:
         """Accept a value for entry chosen+1 of a timeline. It is a PUT or DELETE of an item with a key of at most
@@ -49,6 +49,7 @@ class Acceptances:
         self.timelines.append(timeline)
         if self._watches_age:
             self._core.quiet.note(key, written, (item,))
+            self._core.expiry.note(key, (item,))
 
     def close(self) -> int:
         """Write what was added. Number of the engine batch that holds it, 0 if that is nothing."""

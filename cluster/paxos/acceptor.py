@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..keys import is_system, priority
+from ..keys import bucket_of, is_system, priority
 from ..messages import (
     NO_BALLOT,
     WIPE,
@@ -45,8 +45,8 @@ from .rows import (
     row_key,
     rows_prefix,
 )
+from .standings import horizons_in
 from .timeline import Timeline
-from .versions import is_horizon
 
 FIRST_INCARNATION = 1
 
@@ -167,10 +167,15 @@ class Acceptor:
                 open_bytes += len(content)
         if is_system(key) or WIPE in value.kinds:
             engine.put(chore_key(key, entry), b"")
+        if is_system(key):
+            self.core.standings.stir(bucket_of(key))
+            if horizons_in(value.keys):
+                self.core.versions.horizon_moved()
         timeline.record, timeline.open_bytes = facts, open_bytes
         if entry == 1:
             self.core.mark(timeline)  # every timeline with any state has a Meta, by which peers find it
         self.core.quiet.note(key, value.written, value.keys)
+        self.core.expiry.note(key, value.keys)
         self.core.touch(timeline)
 
     def choose(self, timeline: Timeline) -> None:
@@ -189,8 +194,6 @@ class Acceptor:
             core.chores_due.append((key, entry))
         elif is_system(key):
             core.chores_due.append((key, entry))
-            if any(map(is_horizon, record.keys)):
-                core.versions.horizon_moved()
         core.unmarked[key] = timeline
         core.journal.note(key)
         if timeline.ballot == NO_BALLOT:

@@ -95,12 +95,10 @@ class CatchUp:
                 rows.append(row)
                 size += len(name) + len(row)
         needs = 0 if is_system(key) else self.core.timeline(system_timeline(bucket_of(key))).chosen
-        ids = [] if following else self._recent_ids(timeline, version)
+        ids = [] if following else self.recent_ids(timeline, version)
         exact = version == timeline.chosen
         if following:
-            self._sending[key] = min(self._sending.get(key, version), version)
-            if len(self._sending) > MAX_SENDING:
-                del self._sending[next(iter(self._sending))]
+            self.hold_tail(key, version)
         if not self.core.has_room(size, timeline.dirty):
             return
         self.core.counters.add("state_pieces_sent")
@@ -122,7 +120,19 @@ class CatchUp:
             timeline.dirty,
         )
 
-    def _recent_ids(self, timeline: Timeline, version: int) -> list[tuple[int, list[bytes]]]:
+    def hold_tail(self, key: bytes, version: int) -> None:
+        """A timeline's state as of `version` goes out in pieces; see `keeps_tail`."""
+        self._sending[key] = min(self._sending.get(key, version), version)
+        if len(self._sending) > MAX_SENDING:
+            del self._sending[next(iter(self._sending))]
+
+    def let_tail_go(self, key: bytes, version: int) -> None:
+        """The state as of `version` has gone out whole."""
+        if self._sending.get(key) == version:
+            del self._sending[key]
+
+    def recent_ids(self, timeline: Timeline, version: int) -> list[tuple[int, list[bytes]]]:
+        """Request ids of the last entries up to `version`, by entry."""
         low = max(timeline.log_low, version - self.core.settings.request_id_entries + 1, 1)
         records = self.core.engine.scan(log_key(timeline.key, low), log_key(timeline.key, version + 1))
         return [(log_entry(name), decode_record(row).request_ids) for name, row in records]
@@ -209,6 +219,11 @@ class CatchUp:
             self.acceptor.fetch(timeline, sender, now)  # the sender has gone on while it sent the pieces
         self._release(timeline, now)
 
+    def install_first(self, timeline: Timeline, first: Incoming) -> None:
+        """Have a whole state as the first thing that a timeline knows; see `restores.py`."""
+        self._forget(timeline)
+        self._install(timeline, first)
+
     @staticmethod
     def _is_wanted(timeline: Timeline, version: int) -> bool:
         """Whether a state as of `version` is of use: it is ahead, or replaces what is there up to that version.
@@ -236,6 +251,8 @@ class CatchUp:
         for name, row in incoming.rows:
             engine.put(prefix + name, row)
         self.core.quiet.forget(key)
+        if incoming.rows:
+            self.core.expiry.note(key, [min(incoming.rows)[0]])
         ids = {incoming.version: [], **dict(incoming.request_ids)}
         if stays and timeline.log_low > incoming.version + 1:
             ids = {}  # the own log begins later: it would have a gap
@@ -244,10 +261,14 @@ class CatchUp:
             ballot = incoming.ballot if last else NO_BALLOT
             engine.put(log_key(key, entry), ids_record(ballot, incoming.origin, request_ids))
         if is_system(key):
+            self.core.standings.stir(bucket_of(key))
             self.core.versions.horizon_moved()
-            for version in sorted({version_of(name) for name, _ in incoming.rows}):
+            for version in sorted({incoming.version, *(version_of(name) for name, _ in incoming.rows)}):
                 engine.put(chore_key(key, version), b"")
                 self.core.chores_due.append((key, version))
+        elif incoming.wiped > timeline.wiped:
+            engine.put(chore_key(key, incoming.version), b"")
+            self.core.chores_due.append((key, incoming.version))
         timeline.log_low = min(ids, default=timeline.log_low)
         timeline.floor = max(timeline.floor, incoming.version)
         timeline.wiped = max(timeline.wiped, incoming.wiped)

@@ -2,7 +2,8 @@
 
 * trim: log records beyond the kept tail go, and with them the rows that newer versions have superseded;
 * purge: rows that a WIPE hides are deleted;
-* evict: rows that a committed cold link holds are deleted, exactly those, by the rule in `Link`.
+* evict: rows that a committed cold link holds are deleted, exactly those, by the rule in `Link`;
+* expire: rows below a retention horizon are deleted, see `expiry.py`, which has its own notes on disk.
 
 Evict and purge are noted on disk when their entry is accepted (`C` rows), so a crash does not forget them. All are
 idempotent. Each deletes rows and raises the timeline's `floor` in the same write, so the log is never asked for a
@@ -23,8 +24,10 @@ from ..messages import NO_BALLOT
 from .acceptor import Acceptor
 from .core import Core
 from .links import LinkIndex
+from .quiet import place_in
 from .rows import (
     VERSION_BYTES,
+    Meta,
     chore_key,
     decode_record,
     decode_row,
@@ -80,7 +83,8 @@ class Chores:
     def pending(self) -> int:
         """Chores in memory that are not done yet, and one for those that are only on disk."""
         on_disk = self._unread is not None or self._missed
-        return len(self.core.chores_due) + len(self._ready) + len(self._later) + (self._running is not None) + on_disk
+        known = len(self.core.chores_due) + len(self._ready) + len(self._later) + self.core.expiry.pending
+        return known + (self._running is not None) + on_disk
 
     def run(self, now: float) -> bool:
         """Do one slice. True if there is more to do at once."""
@@ -93,10 +97,14 @@ class Chores:
         if self._running is None:
             if not self._ready and len(self._later) < MAX_IN_MEMORY:
                 self._read_more()
-            if not self._ready:
+            if self._ready:
+                self._current = self._ready.popleft()
+                self._running = self._chore(self._current, now)
+            elif (place := self.core.expiry.next(now)) is not None:
+                self._current = b""
+                self._running = self.core.expiry.sweep(place, now, self._delete, self.settle)
+            else:
                 return False
-            self._current = self._ready.popleft()
-            self._running = self._chore(self._current, now)
         try:
             done = next(self._running, None)
         except ProtocolError as error:
@@ -106,7 +114,8 @@ class Chores:
         if done is None:
             self._running = None
             self._retried.discard(self._current)
-            self.core.engine.delete(self._current)
+            if self._current:
+                self.core.engine.delete(self._current)
         elif not done:
             self._running = None
             if len(self._later) < MAX_IN_MEMORY:
@@ -130,9 +139,38 @@ class Chores:
         if is_system(key):
             # The engine's log keeps its order: if an eviction survives a crash, so does the link being chosen.
             self.core.mark(timeline)
-            yield from self._evict_bucket(bucket_of(key), entry, now)
+            bucket = bucket_of(key)
+            yield from self._evict_bucket(bucket, entry, now)
+            yield from self._check_wipes(bucket, entry)
+            self.links.refresh(bucket)
+            self.core.standings.settled(bucket)
         else:
             yield from self._purge(key)
+            self._note_wipe(key)
+
+    def _check_wipes(self, bucket: int, entry: int) -> Iterator[bool]:
+        """Blocks may hold rows of wiped timelines that they did not hold before, or hold them no longer."""
+        if not entry:
+            self._note_old_wipes(bucket)
+        prefix = bucket_prefix(bucket)
+        tables = {*self.links.of_bucket(bucket).tables, *self.core.wipes.tables_of(prefix)}
+        for table in sorted(tables):
+            links = self.links.of_table(bucket, table).links
+            yield from self.core.wipes.check_all(place_in(prefix, table), links)
+
+    def _note_old_wipes(self, bucket: int) -> None:
+        """Wipes of a time at which none were noted are found in the marks."""
+        prefix = b"M" + bucket_prefix(bucket)
+        for name, row in list(self.core.engine.scan(prefix, prefix_end(prefix))):
+            if not is_system(name[1:]) and Meta.decode(row).wiped:
+                self._note_wipe(name[1:])
+
+    def _note_wipe(self, key: bytes) -> None:
+        """For as long as links hold what it hides; see `wipes.py`."""
+        wiped = self.core.timeline(key).wiped
+        if wiped:
+            bucket, table, _ = split_timeline(key)
+            self.core.wipes.note(key, wiped, self.links.of_table(bucket, table).links)
 
     # ---- purge
 

@@ -22,11 +22,14 @@ from ..keys import is_placed_right
 from ..messages import NO_BALLOT, WIPE, Accept, Ballot, Life, Message, PeerMessage, Prepare, Value
 from ..storage.engine import Engine
 from ..storage.version_cache import VersionCache
+from .expiry import Expiry
 from .journal import Journal
 from .quiet import Quiet
 from .rows import Meta, decode_record, log_entry, log_key, meta_key
+from .standings import Standings
 from .timeline import Timeline
 from .versions import Versions
+from .wipes import Wipes
 
 MAX_ENTRY = (1 << 62) - 1  # of entries, rounds and boots: below what the disk's formats hold
 
@@ -43,6 +46,8 @@ class Settings:
     away for longer compares all timelines. `accept_timeout_s`: after this time without a majority the message is sent
     again; well above a round trip plus an fsync. `backoff_s`: first bound of the random pause after a lost duel;
     doubles up to `backoff_max_s`. `flight_entries`: so many entries of one step, or more, travel as one message.
+    `chore_rows`: rows that a slice of background work, or of a long answer, looks at. `expire_rest_s`: how long rows
+    that are written below a retention horizon wait for others, before they are freed together.
     """
 
     timelines_in_memory: int = 200_000
@@ -67,6 +72,7 @@ class Settings:
     flight_entries: int = 2
     journal_bytes: int = 256 << 20
     chore_rows: int = 250
+    expire_rest_s: float = 60.0
 
 
 class Core:
@@ -118,6 +124,9 @@ class Core:
         self._ids_held = 0
         self.journal = Journal(self)
         self.quiet = Quiet(self)
+        self.expiry = Expiry(self)
+        self.wipes = Wipes(self)
+        self.standings = Standings(self)
         engine.before_commit = self._before_commit
 
     def incarnations(self) -> list[int]:
@@ -334,6 +343,14 @@ class Core:
     def holds(self, key: bytes) -> bool:
         """Whether a timeline is in memory."""
         return key in self._timelines
+
+    def peek(self, key: bytes) -> Timeline | None:
+        """A timeline if it is in memory, without any consequence."""
+        return self._timelines.get(key)
+
+    def is_idle(self) -> bool:
+        """Whether no timeline has a proposal under way, or a request that waits."""
+        return not any(timeline.is_occupied for timeline in self._timelines.values())
 
     def in_memory(self) -> int:
         """Number of timelines held in memory."""

@@ -2,8 +2,9 @@
 
 The digest of a timeline as of version v covers what a reader sees at v in the storage tier (the newest row of each
 item, tombstones too) and the request ids of the last W entries. It leaves out what replicas may rightly differ in:
-superseded rows, the log, promises, and rows that a cold link allows to be evicted. Which links there are is told by
-the version of the bucket's system timeline: digests are comparable at equal (version, system version).
+superseded rows, the log, promises, rows that a cold link allows to be evicted, and rows that have expired. Which links
+and horizons there are is told by the version of the bucket's system timeline: digests are comparable at equal (version,
+system version).
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..errors import InvalidRequest
-from ..keys import bucket_of, bucket_prefix, is_system, split_item_key, split_timeline, system_timeline, timeline_hash
+from ..keys import (
+    MIN_TIMESTAMP,
+    bucket_of,
+    bucket_prefix,
+    is_system,
+    split_item_key,
+    split_timeline,
+    system_timeline,
+    timeline_hash,
+)
 from ..messages import AskDigests, Digests, pack_i64, unpack_i64
 from .core import Core
 from .links import NO_LINKS, LinkIndex
@@ -119,7 +129,7 @@ class _Digest:
         is_linked = self._rule_of_links()
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         nbytes = 64
-        newest = _Newest(rows_prefix(self._key), pinned.wiped, at)
+        newest = NewestRows(rows_prefix(self._key), pinned.wiped, at)
         prefix = rows_prefix(self._key)
         for part in pinned.rows(prefix, prefix_end(prefix), whole=whole):
             if part is None:
@@ -145,7 +155,8 @@ class _Digest:
         return bytes(ids)
 
     def _rule_of_links(self) -> Callable[[bytes, bytes], bool]:
-        """Whether a link allows a row to be evicted, whether or not this replica has come to that."""
+        """Whether a link allows a row to be evicted, or a horizon hides it, whether or not this replica has come to
+        that."""
         if is_system(self._key):
             return lambda name, row: False
         bucket, table, owner = split_timeline(self._key)
@@ -155,16 +166,16 @@ class _Digest:
         def is_linked(name: bytes, row: bytes) -> bool:
             timestamp = split_item_key(name[:-VERSION_BYTES])[0]
             written = decode_row(row)[0]
-            return any(
+            return timestamp < links.horizon or any(
                 version_of(name) <= rule.version and timestamp < rule.event_before and written < rule.written_before
                 for link in links.overlapping(timestamp, timestamp)
                 for rule in link.rules_of(owner_hash)
             )
 
-        return is_linked if links.links else lambda name, row: False
+        return is_linked if links.links or links.horizon != MIN_TIMESTAMP else lambda name, row: False
 
 
-class _Newest:
+class NewestRows:
     """The newest row of each item as of a version, by name (item key and version), from rows in their order."""
 
     def __init__(self, prefix: bytes, wiped: int, version: int) -> None:

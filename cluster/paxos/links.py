@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from ..cold.link import HORIZON_PREFIX, RECORDS_AT, Link, decode_link
 from ..errors import ProtocolError
-from ..keys import MIN_TIMESTAMP, split_item_key, system_timeline
+from ..keys import MAX_TIMESTAMP, MIN_TIMESTAMP, bucket_prefix, split_item_key, system_timeline
 from ..messages import DELETE
 from .core import Core
+from .quiet import place_in
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
+from .standings import NO_STANDING, Standing
 from .timeline import Timeline
 
 BUCKETS_IN_MEMORY = 4096
@@ -80,6 +82,20 @@ class LinkIndex:
     def of_table(self, bucket: int, table: bytes) -> TableLinks:
         """Links of one table in a bucket."""
         return self.of_bucket(bucket).tables.get(table, NO_LINKS)
+
+    def standing(self, bucket: int, table: bytes) -> Standing:
+        """Horizon and oldest window of one table in a bucket; its links are read only if they may have changed."""
+        if bucket in self.core.standings.stirred:
+            self.refresh(bucket)
+        return self.core.standings.known.get(place_in(bucket_prefix(bucket), table), NO_STANDING)
+
+    def refresh(self, bucket: int) -> None:
+        """Have the bucket's standing as of what this replica has applied."""
+        version = self.core.timeline(system_timeline(bucket)).chosen
+        if self.core.standings.stirred.get(bucket, -1) != version:
+            found = self.of_bucket(bucket).tables
+            tables = [(name, table.horizon, min(table.starts, default=MAX_TIMESTAMP)) for name, table in found.items()]
+            self.core.standings.put(bucket, version, sorted(tables))
 
     def _read(self, system: Timeline) -> BucketLinks:
         found = BucketLinks(system.chosen)

@@ -18,6 +18,7 @@ from ..keys import (
     bucket_prefix,
     split_item_key,
     split_timeline,
+    system_timeline,
     timeline_hash,
     timestamp_floor,
 )
@@ -49,7 +50,9 @@ from ..storage.version_cache import DIRTY
 from .acceptor import Acceptor
 from .core import Core
 from .links import NO_LINKS, LinkIndex, TableLinks
+from .quiet import place_of
 from .rows import VERSION_BYTES, Meta, decode_record, decode_row, log_key, prefix_end, rows_prefix, version_of
+from .standings import NO_STANDING
 from .timeline import Timeline
 
 TIMESTAMP_BYTES = 8  # the least that an item key, or a bound between two, begins with
@@ -124,6 +127,7 @@ class Reads:
         self.core = core
         self.acceptor = acceptor
         self.links = links
+        self._doubted: set[int] = set()  # buckets of which a reader was told that their horizon is not known
 
     # ---- versions
 
@@ -141,6 +145,7 @@ class Reads:
         chosen: list[int] = []
         opens: list[Open] = []
         after = 0
+        horizons, unsure = self._horizons(message.timelines)
         for index, key in enumerate(message.timelines):
             version = cached.get(key, DIRTY)
             if version != DIRTY:
@@ -153,7 +158,40 @@ class Reads:
                 opens.append(_open(index, timeline))
             after = max(after, timeline.dirty)
         self.core.counters.add("version_questions", len(chosen))
-        return Versions(pack_i64(chosen), opens, self.core.incarnations()), after
+        told = pack_i64(horizons) if horizons else b"", pack_u32(unsure), self.core.versions.mark
+        return Versions(pack_i64(chosen), opens, self.core.incarnations(), *told), after
+
+    def _horizons(self, timelines: list[bytes]) -> tuple[list[int], list[int]]:
+        """Horizons of the timelines, none if no table has any, and indices of those of which it is in doubt."""
+        standings = self.core.standings
+        if not standings.known and not standings.stirred:
+            return [], []
+        horizons: list[int] = []
+        unsure: list[int] = []
+        for index, key in enumerate(timelines):
+            bucket = bucket_of(key)
+            if bucket in standings.stirred:
+                table = split_timeline(key)[1]
+                if self._is_in_doubt(bucket, table):
+                    unsure.append(index)
+                horizons.append(self.links.standing(bucket, table).horizon)
+            else:
+                horizons.append(standings.known.get(place_of(key), NO_STANDING).horizon)
+        return horizons if max(horizons, default=MIN_TIMESTAMP) > MIN_TIMESTAMP else [], unsure
+
+    def _is_in_doubt(self, bucket: int, table: bytes) -> bool:
+        """Whether this replica can't tell the horizon; somebody will settle it (`doubts`)."""
+        if not self.core.standings.in_doubt(bucket, table):
+            return False
+        self.core.counters.add("horizons_in_doubt")
+        self._doubted.add(bucket)
+        return True
+
+    def doubts(self, now: float) -> list[Timeline]:
+        """System timelines that should be settled: readers have been told for a while that a horizon is in doubt."""
+        doubted, self._doubted = self._doubted, set()
+        late = [bucket for bucket in sorted(doubted) if self.core.standings.doubted(bucket, now)]
+        return [self.core.timeline(system_timeline(bucket)) for bucket in late]
 
     def chosen_list(self, message: AskChosen, owned: Set[int]) -> ChosenList:
         """How far this replica has applied the timelines of `owned` buckets, from (bucket, cursor) on."""
@@ -193,7 +231,7 @@ class Reads:
             ):
                 self.acceptor.choose(timeline)
             answer.after = max(answer.after, timeline.dirty)
-            if self._is_behind_its_links(timeline, now):
+            if self._is_behind_its_links(timeline, now) or self._is_in_doubt(*split_timeline(key)[:2]):
                 answer.add_nothing(message.wants[index])
                 continue
             answer.chosen.append(timeline.chosen)

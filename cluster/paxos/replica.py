@@ -35,16 +35,22 @@ from ..messages import (
     AcceptedAll,
     Accepts,
     AskAccepted,
+    AskAges,
     AskChanged,
     AskChosen,
     AskDigests,
+    AskOverlay,
+    AskRestored,
     AskSame,
     AskTables,
+    AskTimeline,
     AskVersions,
     Check,
     Checked,
     Chosen,
     ChosenAll,
+    Dump,
+    Dumped,
     Entries,
     Fetch,
     Life,
@@ -52,11 +58,13 @@ from ..messages import (
     Mend,
     Message,
     Nack,
+    Overlay,
     PeerBatch,
     PeerMessage,
     Pong,
     Prepare,
     Promise,
+    Restore,
     Scan,
     Scanned,
     Settle,
@@ -69,25 +77,31 @@ from ..messages import (
 from ..storage.engine import Engine
 from ..storage.version_cache import VersionCache
 from .acceptor import Acceptor
+from .age_scans import AgeScans
 from .catchup import CatchUp
 from .chores import Chores
 from .core import Core, Settings
 from .digests import DigestIndex
+from .dumps import Dumps
 from .flights import Arrivals
 from .intake import MAX_TIMEOUT_MS, Intake
 from .learning import Learning
 from .links import LinkIndex
 from .lives import decode_life, encode_life, follows, is_of_past
+from .overlay import Overlays
 from .peer_messages import is_sound, parts_of
 from .proposer import Proposer
 from .reads import Reads
+from .restores import Restores
 from .rows import life_key
 from .scans import Scans
 from .slices import Slices
 from .timeline import Job, SettleWaiter, Timeline
+from .timeline_facts import TimelineLooks
 
 JOINING, VOTING, FENCED, LEARNING = "joining", "voting", "fenced", "learning"
 Question = Check | AskVersions | AskSame | AskChosen | AskChanged | AskTables | AskAccepted | AskDigests | Mend | Scan
+LongQuestion = Scan | AskOverlay | AskDigests | AskTimeline | AskAges | Dump | AskRestored
 _FOR_LEARNERS = (Entries, State)
 _OF_FLIGHTS = (Accepts, AcceptedAll, ChosenAll, Unheard)
 HELLO_S = 0.2
@@ -149,8 +163,13 @@ class Replica:
         self.chores = Chores(self.core, self.acceptor, self.links, self._settle_quietly)
         self.reads = Reads(self.core, self.acceptor, self.links)
         self.scans = Scans(self.core, self.links)
+        self.overlays = Overlays(self.core, self.links)
         self.digests = DigestIndex(self.core, self.links)
         self.learning = Learning(self.core, self.acceptor)
+        self.dumps = Dumps(self.core, self.catch_up)
+        self.restores = Restores(self.core, self.catch_up)
+        self.looks = TimelineLooks(self.core, self.links)
+        self.ages = AgeScans(self.core, self.links)
         self.past = list(past)
         self.confirmed: set[int] = set()  # peers that have noted this life
         if learner:
@@ -170,6 +189,7 @@ class Replica:
             row = engine.get(life_key(peer))
             if row is not None:
                 self.core.lives[peer] = decode_life(row)
+        self.core.standings.begin(owned)
         self.chores.recover()
 
     # ---- requests
@@ -230,15 +250,41 @@ class Replica:
             answer, after = self._mend(message, now), 0
         else:
             answer, after = self.scans.scan(message, self.owned)
+        if isinstance(message, Check | AskVersions):
+            for system in self.reads.doubts(now):
+                self._settle_quietly(system, now)
         self.answer(token, answer, after)
 
-    def slices(self, message: Scan | AskDigests) -> Slices[tuple[Message, int]]:
+    def slices(self, message: LongQuestion) -> Slices[tuple[Message, int]]:
         """The answer to a question about many rows, made a slice at a time, and what it depends on, for `answer`."""
         self.require_voting()
         if isinstance(message, Scan):
             return self.scans.slices(message, self.owned)
+        if isinstance(message, AskOverlay):
+            return self.overlays.slices(message)
+        if isinstance(message, AskTimeline):
+            self._require_owned([message.timeline])
+            return self.looks.slices(message)
+        if isinstance(message, AskAges):
+            return self.ages.slices(message, self._owned_set)
+        if isinstance(message, Dump):
+            return self.dumps.slices(message, self._owned_set)
+        if isinstance(message, AskRestored):
+            return self.restores.slices(message, self._owned_set)
         self._require_owned(message.timelines)
         return self.digests.slices(message, self._owned_set)
+
+    def begin_restore(self, now: float, token: int, restore: str, epoch: int, *, first: bool) -> None:
+        """Take part in a restore; the `Pong` leaves by `token` when that is durable. See `Restores.begin`."""
+        self.require_voting()
+        self._now = now
+        self.core.reply(token, Pong(), self.restores.begin(restore, epoch, first=first))
+
+    def restore(self, now: float, token: int, message: Restore) -> None:
+        """Have the states of a backup; the `Pong` leaves by `token` when they are durable."""
+        self.require_voting()
+        self._now = now
+        self.core.reply(token, Pong(), self.restores.take(message))
 
     def answer(self, token: int, answer: Message, after: int) -> None:
         """Have an answer leave by `token` when batch `after` is durable. Raises Unavailable if too much waits."""
@@ -529,4 +575,9 @@ class Replica:
 def _answer_bytes(answer: Message) -> int:
     if isinstance(answer, Checked | Scanned):
         return 64 + sum(map(len, answer.values)) + sum(map(len, answer.keys)) + 100 * len(answer.keys)
+    if isinstance(answer, Dumped):
+        return 64 + sum(sum(map(len, state.rows)) + 100 * len(state.rows) for state in answer.states)
+    if isinstance(answer, Overlay):
+        links = sum(sum(map(len, part.links)) for part in answer.parts)
+        return 64 + links + sum(sum(map(len, part.keys)) + 100 * len(part.keys) for part in answer.parts)
     return 64

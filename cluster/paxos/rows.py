@@ -6,7 +6,10 @@
 | `R timeline item-key version` | written, kind, value | one version of an item; `version` is the entry that wrote it |
 | `M timeline` | `Meta` | promise, and how far the log was known to be chosen when this was written |
 | `C timeline entry` | b"" | a chore (evict, purge) is due once that entry is chosen |
-| `Q bucket table` | two times | what is younger than these has not to be scanned, see `quiet.py` |
+| `Q bucket table` | three times | what is younger than these has not to be scanned, see `quiet.py` |
+| `B bucket` | horizons, first windows | what the bucket's links come to, see `standings.py` |
+| `V timeline`, `W timeline` | version | wiped once; wiped, and blocks still hold it: see `wipes.py` |
+| `X bucket table` | b"" | has rows that have expired, maybe: see `expiry.py` |
 | `J boot number` | timeline keys | which timelines an engine batch changed, see `journal.py` |
 | `N name` | | facts of the replica itself: identity, the greatest life seen of each peer |
 
@@ -126,6 +129,7 @@ def life_key(replica: int) -> bytes:
 
 IDENTITY_KEY = b"Nidentity"
 LEARNING_KEY = b"Nlearning"  # how far a learner has copied
+RESTORE_KEY = b"Nrestore"  # which restore this replica takes part in, or has taken part in
 
 
 def row_head(written: int, kind: int) -> bytes:

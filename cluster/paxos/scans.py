@@ -7,19 +7,25 @@ chosen in between, the answer ends before the next timeline.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ..cold.link import encode_link
-from ..keys import MAX_TIMESTAMP, bucket_prefix, split_item_key, system_timeline, timestamp_floor
+from ..keys import MAX_TIMESTAMP, MIN_TIMESTAMP, bucket_prefix, split_item_key, system_timeline, timestamp_floor
 from ..messages import AskTables, Scan, Scanned, Tables, pack_i64, pack_u32
 from .core import Core
 from .links import LinkIndex, TableLinks
+from .quiet import place_in
 from .rows import VERSION_BYTES, decode_row, prefix_end, rows_prefix, version_of
 from .slices import Pinned, Slices, in_one_slice, until_it_holds
+from .standings import NO_STANDING, Standing
 
-BUCKETS_PER_ANSWER = 64
+BUCKETS_PER_ANSWER = 256  # of an answer to `AskTables`
+QUIET_PER_ANSWER = 65_536  # buckets that are left out at the cost of a look-up
+_QUIET_PER_SLICE = 512
 ROWS_PER_ANSWER = 50_000  # rows looked at, so that an answer does not take for ever
+_LOOK_ROWS = 8  # to look at a bucket takes about as long as so many rows
 MAX_ANSWER_BYTES = 16 << 20  # whatever is asked for; a timeline is never split
 _SEEK_ROWS = 8  # a seek takes about as long as so many rows
 
@@ -27,11 +33,12 @@ _Row = tuple[bytes, int, int, int, bytes]  # item key, version, written, kind, v
 
 
 class _Answer:
-    """Columns of a `Scanned` while it grows. `seen`: rows looked at; `work`: the same since the last slice."""
+    """Columns of a `Scanned` while it grows. `standing`: as of `system_version`."""
 
-    def __init__(self, bucket: int, links: TableLinks, system_version: int, dirty: int) -> None:
+    def __init__(self, bucket: int, standing: Standing, system_version: int, dirty: int) -> None:
         self.bucket = bucket
-        self.links = links
+        self.standing = standing
+        self.links: TableLinks | None = None  # parsed when it is known that they are to be told
         self.system_version = system_version
         self.after = dirty
         self.timelines: list[bytes] = []
@@ -46,10 +53,8 @@ class _Answer:
         self.size = 0
 
     def add(self, pinned: Pinned, rows: list[_Row]) -> None:
-        """Add the eligible rows of one timeline."""
+        """Add the eligible rows of one timeline, none if it is reported for having been wiped."""
         self.after = max(self.after, pinned.dirty)
-        if not rows:
-            return
         for key, version, written, kind, value in rows:
             self.kinds.append(kind)
             self.keys.append(key)
@@ -74,9 +79,9 @@ class _Answer:
             self.values,
             pack_i64(self.versions),
             pack_i64(self.written),
-            [encode_link(link) for link in self.links.links],
+            [encode_link(link) for link in self.links.links] if self.links is not None else [],
             self.system_version,
-            self.links.horizon,
+            self.standing.horizon,
             next_bucket,
             next_cursor,
         )
@@ -94,30 +99,48 @@ class Scans:
         return in_one_slice(self.slices(message, owned))
 
     def slices(self, message: Scan, owned: Sequence[int]) -> Slices[tuple[Scanned, int]]:
-        """Eligible rows of the next bucket that has any, and the engine batch that must be durable first."""
+        """What is to be done in the next bucket with anything, and the engine batch that must be durable first."""
         work = _Work(self.core.settings.chore_rows)
-        buckets = list(islice((bucket for bucket in owned if bucket >= message.bucket), BUCKETS_PER_ANSWER + 1))
-        if not buckets:
+        at = bisect_left(owned, message.bucket)
+        if at == len(owned):
             return self._nothing(message, message.bucket, -1)
-        for position, bucket in enumerate(buckets):
-            following = buckets[position + 1] if position + 1 < len(buckets) else -1
-            if position == BUCKETS_PER_ANSWER or work.seen >= ROWS_PER_ANSWER:
-                return self._nothing(message, bucket, bucket)
-            cursor = message.cursor if bucket == message.bucket else b""
+        skip = _Skip(self.core, message)
+        cursor = message.cursor if owned[at] == message.bucket else b""
+        passed = 0
+        while at < len(owned):
+            bucket = owned[at]
+            if not cursor and skip.is_quiet(bucket):
+                at += 1
+                passed += 1
+                if passed % _QUIET_PER_SLICE == 0:
+                    if passed >= QUIET_PER_ANSWER and at < len(owned):
+                        self.core.counters.add("quiet_buckets", passed)
+                        return self._stop_before(owned[at])
+                    yield
+                continue
+            if work.seen >= ROWS_PER_ANSWER:
+                self.core.counters.add("quiet_buckets", passed)
+                return self._stop_before(bucket)
             answer, rest = yield from self._scan_bucket(bucket, message, cursor, work)
-            if rest:
-                return answer.message(bucket, rest), answer.after
-            if answer.timelines or answer.links.links:  # the sink sees links for expired windows and files in use
-                return answer.message(following, b""), answer.after
-        return self._nothing(message, buckets[-1], -1)
+            cursor = b""
+            at += 1
+            if answer is not None:
+                self.core.counters.add("quiet_buckets", passed)
+                if rest:
+                    return answer.message(bucket, rest), answer.after
+                return answer.message(owned[at] if at < len(owned) else -1, b""), answer.after
+        self.core.counters.add("quiet_buckets", passed)
+        return self._nothing(message, owned[-1], -1)
 
     def tables(self, message: AskTables, owned: Sequence[int]) -> Tables:
         """Names of the tables that have rows or links in the next buckets; one seek for each table of a bucket."""
         names: set[bytes] = set()
-        for seeks, bucket in enumerate(bucket for bucket in owned if bucket >= message.bucket):
+        first = bisect_left(owned, message.bucket)
+        for seeks, bucket in enumerate(islice(owned, first, None)):
             if seeks >= BUCKETS_PER_ANSWER:
                 return Tables(sorted(names), bucket)
-            names.update(self.links.of_bucket(bucket).tables)
+            self.links.standing(bucket, b"")
+            names.update(self.core.standings.tables_of(bucket))
             prefix = b"R" + bucket_prefix(bucket)
             at = prefix + b"\x01"  # behind the system timeline, whose table has no name
             while (row := next(iter(self.core.engine.scan(at, prefix_end(prefix))), None)) is not None:
@@ -128,53 +151,158 @@ class Scans:
 
     def _begin(self, bucket: int, table: bytes) -> _Answer:
         system = self.core.timeline(system_timeline(bucket))
-        return _Answer(bucket, self.links.of_table(bucket, table), system.chosen, system.dirty)
+        return _Answer(bucket, self.links.standing(bucket, table), system.chosen, system.dirty)
 
     def _nothing(self, message: Scan, bucket: int, next_bucket: int) -> tuple[Scanned, int]:
         answer = self._begin(bucket, message.table)
+        answer.links = self.links.of_table(bucket, message.table)
         return answer.message(next_bucket, b""), answer.after
 
-    def _scan_bucket(self, bucket: int, message: Scan, cursor: bytes, work: _Work) -> Slices[tuple[_Answer, bytes]]:
-        """The bucket's eligible timelines from `cursor` on, and where to go on, b"" when that was all."""
+    def _stop_before(self, bucket: int) -> tuple[Scanned, int]:
+        """So much was looked at that the rest is for another answer."""
+        return _Answer(bucket, NO_STANDING, 0, 0).message(bucket, b""), 0
+
+    def _scan_bucket(
+        self, bucket: int, message: Scan, cursor: bytes, work: _Work
+    ) -> Slices[tuple[_Answer | None, bytes]]:
+        """The bucket's timelines that are to be reported, from `cursor` on, and where to go on, b"" when that was all;
+        None if there is nothing in the bucket for the sink."""
+        answer, rest, oldest = yield from self._gather(bucket, message, cursor, work)
+        if not answer.timelines:
+            if self.core.timeline(system_timeline(bucket)).chosen != answer.system_version:
+                answer = self._begin(bucket, message.table)
+            if not cursor and not self._is_due(message, answer.standing, oldest):
+                return None, b""
+        if answer.links is None:
+            answer.links = self.links.of_table(bucket, message.table)
+        return answer, rest
+
+    @staticmethod
+    def _is_due(message: Scan, standing: Standing, oldest: int) -> bool:
+        """Whether a bucket without anything to sink is answered, by the least timestamp of its rows."""
+        if message.all_links and standing.first != MAX_TIMESTAMP:
+            return True
+        may_step = standing.horizon <= message.expire_before - message.expire_step
+        return may_step and min(oldest, standing.first) < message.expire_before
+
+    def _gather(self, bucket: int, message: Scan, cursor: bytes, work: _Work) -> Slices[tuple[_Answer, bytes, int]]:
+        """What is to be reported of a bucket, where to go on, and the least timestamp of its rows."""
+        work.done(_LOOK_ROWS)
         answer = self._begin(bucket, message.table)
-        prefix = b"R" + bucket_prefix(bucket) + bytes((len(message.table),)) + message.table
-        at = max(b"R" + cursor, prefix)
         limit_bytes = min(message.limit_bytes, MAX_ANSWER_BYTES)
-        end = prefix_end(prefix)
-        place, quiet = prefix[1:], self.core.quiet
-        if quiet.covers(place, message.event_before, message.written_before):
-            work.done(_SEEK_ROWS)
-            self.core.counters.add("quiet_buckets")
-            return answer, b""
-        scan = 0 if cursor else quiet.begin(place)
-        oldest = written = MAX_TIMESTAMP
+        walk = _Walk(self, bucket, message, cursor, answer.standing)
         while True:
             if work.done(_SEEK_ROWS):
                 yield
-            row = next(iter(self.core.engine.scan(at, end)), None)
-            if row is None:
-                if scan and not answer.timelines:
-                    quiet.end(place, scan, oldest, written)
-                return answer, b""
-            key = row[0][1 : len(prefix) + 1 + row[0][len(prefix)]]
-            first = timestamp_in(row[0], key)
-            if first >= message.event_before:  # and so are all of the timeline
-                oldest = min(oldest, first)
-                at = prefix_end(rows_prefix(key))
-                continue
+            key = walk.next()
+            if key is None:
+                if not answer.timelines:
+                    walk.end()
+                return answer, b"", walk.oldest
             if answer.timelines and (answer.size >= limit_bytes or work.seen >= ROWS_PER_ANSWER):
-                return answer, key
-            timeline = _Timeline(self, key, message, work)
+                return answer, key, walk.oldest
+            timeline = _Timeline(self, key, message, answer.standing.horizon, work)
             pinned, rows = yield from until_it_holds(timeline.read)
             if pinned.system_version != answer.system_version:  # a link was chosen since the answer began
                 if answer.timelines:
-                    return answer, key
+                    return answer, key, walk.oldest
                 answer = self._begin(bucket, message.table)
                 continue
-            answer.add(pinned, rows)
-            if not answer.timelines:
-                oldest, written = min(oldest, timeline.next_timestamp()), min(written, timeline.written)
-            at = prefix_end(rows_prefix(key))
+            if rows or walk.is_held(key):
+                if answer.links is None:
+                    answer.links = self.links.of_table(bucket, message.table)
+                answer.add(pinned, rows)
+            walk.passed(key, timeline)
+
+
+class _Skip:
+    """Which buckets are left out at the cost of a look-up."""
+
+    def __init__(self, core: Core, message: Scan) -> None:
+        self._message = message
+        self._tail = bytes((len(message.table),)) + message.table
+        self._bounds, self._held = core.quiet.bounds, core.wipes.held
+        self._known, self._stirred = core.standings.known, core.standings.stirred
+        self._floor = timestamp_floor(message.expire_before)
+        self._horizon = message.expire_before - message.expire_step  # of a bucket that may take a step
+
+    def is_quiet(self, bucket: int) -> bool:
+        """Whether it is known that a bucket has nothing for the sink."""
+        place = bucket_prefix(bucket) + self._tail
+        bound, message = self._bounds.get(place), self._message
+        if bound is None or message.event_before > bound.event or message.written_before > bound.written:
+            return False
+        if place in self._held or bucket in self._stirred:
+            return False
+        standing = self._known.get(place, NO_STANDING)
+        if message.all_links and standing.first != MAX_TIMESTAMP:
+            return False
+        return standing.horizon > self._horizon or (
+            bound.floor >= self._floor and standing.first >= message.expire_before
+        )
+
+
+class _Walk:
+    """The timelines of a table in a bucket that are to be looked at, in order: those with a row that is old enough, and
+    those that were wiped while blocks still hold them.
+
+    `oldest`: least timestamp of the rows of those passed so far.
+    """
+
+    def __init__(self, scans: Scans, bucket: int, message: Scan, cursor: bytes, standing: Standing) -> None:
+        self._core = scans.core
+        self._message = message
+        place = self._place = place_in(bucket_prefix(bucket), message.table)
+        self._at = max(b"R" + cursor, b"R" + place)
+        self._end = prefix_end(b"R" + place)
+        self._held_at = cursor
+        self._held: bytes | None = None
+        quiet = self._core.quiet
+        self.oldest = self._event = self._written = self._first = MAX_TIMESTAMP
+        may_step = standing.horizon <= message.expire_before - message.expire_step
+        is_old = may_step and quiet.may_be_below(place, timestamp_floor(message.expire_before))
+        self._covered = quiet.covers(place, message.event_before, message.written_before) and not is_old
+        self._scan = 0 if cursor or self._covered else quiet.begin(place)
+
+    def next(self) -> bytes | None:
+        """The next timeline, None at the end. The same until it is passed."""
+        self._held = self._core.wipes.next(self._place, self._held_at)
+        with_rows = None if self._covered else self._next_with_rows()
+        keys = [key for key in (self._held, with_rows) if key is not None]
+        return min(keys, default=None)
+
+    def _next_with_rows(self) -> bytes | None:
+        prefix = len(self._place) + 1
+        while (row := next(iter(self._core.engine.scan(self._at, self._end)), None)) is not None:
+            key = row[0][1 : prefix + 1 + row[0][prefix]]
+            first = timestamp_in(row[0], key)
+            if first < self._message.event_before:
+                self._first = first
+                return key
+            self._event, self.oldest = (
+                min(self._event, first),
+                min(self.oldest, first),
+            )  # and so are all of the timeline
+            self._at = prefix_end(rows_prefix(key))
+        return None
+
+    def is_held(self, key: bytes) -> bool:
+        """Whether blocks hold rows of a timeline that were wiped."""
+        return key == self._held
+
+    def passed(self, key: bytes, timeline: _Timeline) -> None:
+        """Go on behind a timeline."""
+        self._held_at = key + b"\x00"
+        self._at = max(self._at, prefix_end(rows_prefix(key)))
+        young = timeline.next_timestamp()
+        self._event, self._written = min(self._event, young), min(self._written, timeline.written)
+        self.oldest = min(self.oldest, young, self._first)
+        self._first = MAX_TIMESTAMP
+
+    def end(self) -> None:
+        """All was looked at, and nothing may sink."""
+        if self._scan:
+            self._core.quiet.end(self._place, self._scan, self._event, self._written, self.oldest)
 
 
 class _Work:
@@ -197,12 +325,13 @@ class _Work:
 
 class _Timeline:
     """The eligible rows of one timeline. `written`: least time at which one that is old enough, and not eligible, was
-    written."""
+    written. Rows below `horizon` have expired; the first instant of all stays, since links have no place for it."""
 
-    def __init__(self, scans: Scans, key: bytes, message: Scan, work: _Work) -> None:
+    def __init__(self, scans: Scans, key: bytes, message: Scan, horizon: int, work: _Work) -> None:
         self._core = scans.core
         self._key = key
         self._message = message
+        self._low = timestamp_floor(max(horizon, MIN_TIMESTAMP + 1))
         self._work = work
         self.written = MAX_TIMESTAMP
 
@@ -229,7 +358,8 @@ class _Timeline:
         prefix = rows_prefix(self._key)
         newest = _Newest(prefix, pinned.version)
         found: list[_Row] = []
-        for part in pinned.rows(prefix, prefix + timestamp_floor(message.event_before), whole=whole):
+        low, high = prefix + self._low, prefix + timestamp_floor(message.event_before)
+        for part in pinned.rows(low, max(low, high), whole=whole):
             if part is None:
                 return None
             found += self._eligible(newest.of(part))

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cold.link import HORIZON_PREFIX, RECORDS_AT
 from ..errors import InvalidRequest
-from ..keys import split_item_key, timeline_digest
+from ..keys import timeline_digest
 from ..messages import NO_BALLOT, Life, unpack_i64
 from ..storage.version_cache import DIGEST_BYTES, DIRTY, HEADER_BYTES, ROW_BYTES, Owner, VersionCache
 from .timeline import NOT_NOTED, Timeline
@@ -152,9 +151,3 @@ class Versions:
         text = repr((self._life, self._horizons)).encode()
         number = int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"horizons").digest(), "little")
         return number >> 1 or 1
-
-
-def is_horizon(key: bytes) -> bool:
-    """Whether an item of a system timeline is the retention horizon of a table."""
-    timestamp, name = split_item_key(key)
-    return timestamp == RECORDS_AT and name.startswith(HORIZON_PREFIX)

@@ -27,14 +27,22 @@ from ..keys import digest_seed
 from ..memory.service import CacheService
 from ..messages import (
     AskAccepted,
+    AskAges,
     AskChanged,
     AskChosen,
     AskDigests,
     AskLives,
+    AskOverlay,
+    AskReads,
+    AskRestore,
+    AskRestored,
     AskSame,
     AskTables,
+    AskTimeline,
     AskVersions,
+    BeginRestore,
     Check,
+    Dump,
     Lives,
     Mend,
     Message,
@@ -43,12 +51,13 @@ from ..messages import (
     Pong,
     ReadItems,
     ReadPages,
+    Restore,
     Scan,
     Settle,
     Write,
 )
 from ..paxos.core import Settings
-from ..paxos.replica import LEARNING, Replica
+from ..paxos.replica import LEARNING, LongQuestion, Replica
 from ..routing import Routing
 from ..topology import Topology
 from .comparisons import Comparisons
@@ -57,6 +66,7 @@ from .engine import DurableEngine
 from .flusher import IN_PLACE_S, Flusher
 from .home import EngineHome, OpenEngine, remove_engine, rocks_opener
 from .life_cycle import REOPEN_S, LifeCycle
+from .restore_door import RestoreDoor, is_refused
 from .steps import Steps
 from .version_home import PrivateVersions, VersionHome, owner_of
 from .waiting import Waiting, weight
@@ -65,7 +75,8 @@ logger = logging.getLogger(__name__)
 
 _FOR_READER = (ReadItems, ReadPages)
 _QUESTIONS = (Check, AskVersions, AskChosen, AskChanged, AskTables, AskAccepted, Mend)
-_AT_FAST_DOOR = (AskSame, PeerBatch, Write, Settle, *_FOR_READER, *_QUESTIONS)
+_OF_RESTORE = (Restore, BeginRestore)
+_AT_FAST_DOOR = (AskSame, PeerBatch, Write, Settle, *_FOR_READER, *_QUESTIONS, *_OF_RESTORE)
 
 CHORE_SLICE_S = 0.001
 CHORE_PAUSE_S = 0.003  # after a slice: nobody waits for chores, and readers wait for the processor
@@ -140,10 +151,13 @@ class StorageService:
             counters=Counters(),
             seed=self._random.getrandbits(32),
             clock=clock,
+            wall_us=wall_us,
         )
         self._waiting = Waiting(
             name, counters, max_requests=config.max_queued_requests, max_bytes=config.max_queued_mb << 20
         )
+        self._door = RestoreDoor(name)
+        self._door.look(topology, None)
         self._slicing = asyncio.Lock()  # one long answer at a time
         self._flusher = Flusher(name, clock, flush_in_place_s)
         self._disk = DiskRoom(name, folder, config.disk_reserve_mb << 20, free_bytes)
@@ -161,7 +175,7 @@ class StorageService:
             flusher=self._flusher,
             clock=clock,
             step_of=lambda replica: self._steps.of(replica),
-            began=lambda: self._steps.plan_end(),
+            began=self._life_began,
             ended=self._waiting.fail_all,
             keep=self._keep,
         )
@@ -177,6 +191,7 @@ class StorageService:
         nobody to copy it from, Unavailable when the disk refuses."""
         await self._reader.start()
         self._life.start()
+        self._door.look(self._routing.topology, self._life.replica)
         self._keep(self._do_chores())
         self._keep(self._comparisons.run())
         self._steps.plan_end()
@@ -187,11 +202,19 @@ class StorageService:
         self._steps.plan_end()
 
     async def handle(self, message: Message) -> Message | None:
+        if self._door.closed and is_refused(message):
+            raise self._door.refuse()
         match message:
             case AskLives():
                 return self._lives()
-            case Scan() | AskDigests():
+            case Scan() | AskOverlay() | AskDigests() | AskTimeline() | AskAges() | Dump() | AskRestored():
                 return await self._answer_in_slices(message)
+            case AskRestore():
+                replica = self._require_replica()
+                replica.require_voting()
+                return self._door.facts(self._routing.topology, replica)
+            case AskReads():
+                return await self._reader.handle(message)
             case Ping():
                 return Pong()
             case _ if isinstance(message, _AT_FAST_DOOR):
@@ -201,6 +224,8 @@ class StorageService:
 
     def begin(self, message: Message, reply: Reply) -> bool:
         """The fast door: for all but what is answered in slices."""
+        if self._door.closed and is_refused(message):
+            raise self._door.refuse()
         if isinstance(message, AskSame):
             reply(self._same(message))
         elif isinstance(message, PeerBatch):
@@ -217,9 +242,24 @@ class StorageService:
             self._ask(message, reply, lambda replica, token: replica.settle(self._now(), token, message))
         elif isinstance(message, _QUESTIONS):
             self._ask(message, reply, lambda replica, token: replica.ask(self._now(), token, message))
+        elif isinstance(message, _OF_RESTORE):
+            self._restore(message, reply)
         else:
             return False
         return True
+
+    def _restore(self, message: Restore | BeginRestore, reply: Reply) -> None:
+        """Take part in a restore, if the topology tells of it."""
+        epoch = self._routing.topology.epoch
+        first = self._door.require(self._routing.topology, message.restore)
+        if isinstance(message, BeginRestore):
+            name = message.restore
+            self._ask(message, reply, lambda r, token: r.begin_restore(self._now(), token, name, epoch, first=first))
+        elif first:
+            raise Unavailable(f"{self.name} has not heard yet that all replicas are empty", retry_after_s=0.2)
+        else:
+            self._disk.require_for_write(self._routing.topology.storage_replicas, self._now())
+            self._ask(message, reply, lambda r, token: r.restore(self._now(), token, message))
 
     def _lives(self) -> Lives:
         if self._life.replica is None or not self._life.votes_allowed:
@@ -247,6 +287,7 @@ class StorageService:
 
     def update(self, topology: Topology) -> None:
         self._routing = Routing(topology)
+        self._door.look(topology, self._life.replica)
         self._reader.update(topology)
 
     def status(self) -> dict[str, Any]:
@@ -256,6 +297,8 @@ class StorageService:
             state, reason = "joining", "waiting for the Router to note that the data folder is formatted"
         elif replica is not None and self._disk.full:
             reason = self._disk.reason
+        elif self._door.closed and not reason:
+            reason = self._door.closed
         figures: dict[str, Any] = {
             "state": state,
             "reason": reason,
@@ -312,6 +355,10 @@ class StorageService:
             versions=self._versions.open(owner),
         )
 
+    def _life_began(self) -> None:
+        self._door.look(self._routing.topology, self._life.replica)
+        self._steps.plan_end()
+
     def _peers(self) -> dict[int, str]:
         topology = self._routing.topology
         replicas = range(topology.storage_replicas)
@@ -334,14 +381,14 @@ class StorageService:
         """Give a request to the replica; `reply` is told its answer."""
         self._require_replica().require_voting()
         token = self._waiting.enter(message, reply)
-        question = not isinstance(message, (Write, Settle))
+        question = not isinstance(message, (Write, Settle, *_OF_RESTORE))
         try:
             self._steps.take(lambda replica: step(replica, token), question=question)
         except Exception as error:
             if (waits := self._waiting.leave(token)) is not None:  # else it was told, as all that waited
                 waits(error)
 
-    async def _answer_in_slices(self, message: Scan | AskDigests) -> Message:
+    async def _answer_in_slices(self, message: LongQuestion) -> Message:
         """Answer a question about many rows, one such question at a time. All else has its turn after each slice, and
         half of the time."""
         replica = self._require_replica()
@@ -378,7 +425,8 @@ class StorageService:
         """Evict, purge: a slice of a millisecond or two at a time, a quarter of the time or so."""
         while True:
             more = False
-            if self._life.replica is not None and self._life.votes_allowed and not self._disk.bare:
+            held_up = self._disk.bare or self._door.closed  # what is being restored stays as it came
+            if self._life.replica is not None and self._life.votes_allowed and not held_up:
                 ends = self._now() + CHORE_SLICE_S
                 try:
                     while self._now() < ends and (more := self._life.replica.run_chores(self._now())):

@@ -16,6 +16,7 @@ import pytest
 import ray
 from small_disk import small_disk
 from timetier.actors import router as router_module
+from timetier.actors.cold import are_mounted
 from timetier.actors.router import Router
 from timetier.actors.router_link import RouterLink
 from timetier.actors.router_state import MAX_RUNS, RouterState
@@ -79,6 +80,27 @@ def test_a_node_may_format_until_it_has_reported_that_it_did(tmp_path: Path) -> 
     state.formatted("cold-0-2")
     assert not state.may_format("cold-0-2")
     assert not open_state(tmp_path).may_format("cold-0-2")
+
+
+def test_a_cold_node_that_was_lost_may_begin_again_once(tmp_path: Path) -> None:
+    state = open_state(tmp_path)
+    state.may_format("cold-0-1")
+    state.lose("cold-0-1")
+    assert not state.is_lost("cold-0-1"), "it was never formatted, so it may format anyhow"
+    state.formatted("cold-0-1")
+    state.lose("cold-0-1")
+    assert open_state(tmp_path).is_lost("cold-0-1")
+    assert not state.may_format("cold-0-1"), "it begins as one that copies, not as a fresh one"
+    state.formatted("cold-0-1")
+    assert not open_state(tmp_path).is_lost("cold-0-1")
+    with pytest.raises(InvalidRequest, match="no cold node"):
+        state.lose("storage-0-1")
+
+
+def test_only_a_mounted_file_system_proves_that_an_empty_folder_is_no_unmounted_disk(tmp_path: Path) -> None:
+    assert are_mounted([Path("/proc")])
+    assert not are_mounted([tmp_path])
+    assert not are_mounted([Path("/proc"), tmp_path / "not there"])
 
 
 @pytest.mark.parametrize("node", ["storage-0-3", "cache-1-0", "nobody", ""])

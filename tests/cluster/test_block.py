@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from timetier.cluster.cold.block import (
     DecodedBlock,
     FileBuilder,
-    Rows,
     checksum,
     decode_block,
     read_index,
     verify,
 )
 from timetier.cluster.cold.link import Block
+from timetier.cluster.cold.rows import Rows
 from timetier.cluster.errors import Corrupt, InvalidRequest
 from timetier.cluster.keys import item_key, split_item_key, timestamp_floor
 

@@ -7,7 +7,6 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from memory_engine import MemoryEngine
 from replica_group import BUCKETS as GROUP_BUCKETS
 from replica_group import Group, key_of
 from storage_cluster import BUCKETS, StorageCluster, wait_for
-from timetier.cluster.cold import service as cold_service
+from timetier.cluster.cold.disk_lane import DiskLane
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.errors import TooLarge, Unavailable
@@ -291,7 +290,7 @@ def test_answers_of_a_cache_node_are_bounded_together_and_it_recovers(tmp_path: 
 
 def test_pieces_that_wait_for_a_cold_disk_are_bounded_by_their_bytes() -> None:
     async def body() -> None:
-        lane = cold_service._Lane(ThreadPoolExecutor(1), limit=64)
+        lane = DiskLane("disk", 1, limit=64)
         gate = threading.Event()
         piece = 30 << 20
         running = [asyncio.create_task(lane.run(gate.wait, piece)) for _ in range(4)]
@@ -303,7 +302,7 @@ def test_pieces_that_wait_for_a_cold_disk_are_bounded_by_their_bytes() -> None:
         await asyncio.gather(*running)
         assert await lane.run(gate.wait, piece)
         assert (lane.waiting, lane.nbytes) == (0, 0)
-        lane.pool.shutdown()
+        await lane.close()
 
     asyncio.run(asyncio.wait_for(body(), 60))
 

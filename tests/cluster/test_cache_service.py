@@ -19,8 +19,9 @@ from timetier.cluster.carriers.base import CallError
 from timetier.cluster.carriers.memory import MemoryNetwork
 from timetier.cluster.errors import InvalidRequest, TooLarge, Unavailable
 from timetier.cluster.keys import item_key, timeline_key
-from timetier.cluster.memory.lanes import ReadLimits, SharedBlockReads
+from timetier.cluster.memory.lanes import ReadLimits
 from timetier.cluster.memory.service import CacheService
+from timetier.cluster.memory.shared_reads import SharedBlockReads
 from timetier.cluster.memory.steps import ReaderSettings
 from timetier.cluster.messages import (
     INVALID,

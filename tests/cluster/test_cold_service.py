@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cold_model import cold_file, topology
 from timetier.cluster.carriers.memory import MemoryNetwork
+from timetier.cluster.cold import mending as mending_module
+from timetier.cluster.cold import repairs as repairs_module
 from timetier.cluster.cold import service as service_module
 from timetier.cluster.cold.block import checksum, decode_block, read_index
 from timetier.cluster.cold.link import FORMAT
@@ -199,7 +201,7 @@ def test_repair_never_takes_damaged_bytes_of_a_peer(tmp_path: Path) -> None:
 def test_a_missing_or_truncated_file_is_copied_whole(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "_COPY_PIECE_BYTES", 1_000)
+    monkeypatch.setattr(mending_module, "_RUN_BYTES", 1_000)
 
     async def body(group: Group) -> None:
         await group.write("a.arrow", DATA)
@@ -261,20 +263,18 @@ def test_a_damaged_block_is_refused_and_restored_for_a_reader_of_one_owner_too(t
     run(tmp_path, body)
 
 
-def test_a_repair_that_nobody_can_do_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_BACK_OFF_S", 0.001)
-
+def test_a_repair_of_a_file_that_no_replica_has_is_dropped_and_counted(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
         assert isinstance(await group.call(0, block_read()), Failure)
-        await until(lambda: group.nodes[0].counters.totals.get("repairs_failed") == 1)
-        await until(lambda: group.nodes[0].status()["repair_queue"] == 0)
+        await until(lambda: group.nodes[0].counters.totals.get("repairs_gone") == 1)
+        assert group.nodes[0].status()["repair_queue"] == 0
         assert all(node.counters.totals.get("crc_failures", 0) == 0 for node in group.nodes[1:])
 
     run(tmp_path, body)
 
 
 def test_a_full_repair_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "MAX_REPAIRS", 3)
+    monkeypatch.setattr(repairs_module, "MAX_REPAIRS", 3)
 
     async def body(group: Group) -> None:
         group.network.cut("cold-0-0", "cold-0-1")
@@ -333,7 +333,7 @@ def test_a_node_whose_folder_is_unusable_starts_and_says_so(tmp_path: Path) -> N
         await node.start()
         status = node.status()
         assert status["state"] == "refused"
-        assert "disk-0" in status["reason"]
+        assert str(tmp_path / "node") in status["reason"]
         with pytest.raises(Unavailable, match="does not serve"):
             await node.handle(block_read())
         await node.stop()

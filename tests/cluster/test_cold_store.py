@@ -11,6 +11,7 @@ import pytest
 from cold_model import cold_file
 from timetier.cluster.cold import store as store_module
 from timetier.cluster.cold.block import checksum
+from timetier.cluster.cold.disk_marks import MARK_FILE, REGISTER_FILE
 from timetier.cluster.cold.store import ColdStore
 from timetier.cluster.errors import Corrupt, InvalidRequest, TooLarge, Unavailable
 
@@ -32,48 +33,53 @@ def read(store: ColdStore, file: str, data: bytes, offset: int = 0, length: int 
     return store.read_block(file, offset, length, checksum(data[offset : offset + length]))
 
 
+def files_in(folder: Path) -> list[str]:
+    """Names of what is there beside the node's own notes."""
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.name not in (MARK_FILE, REGISTER_FILE)]
+
+
 def test_a_file_is_there_only_after_its_last_piece_and_survives_a_restart(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 3)
+    store = ColdStore(tmp_path, 3).open()
     store.write_piece("a.arrow", 1, 0, DATA[:4_000], last=False, crc=0)
     assert store.list_files() == ([], False)
     with pytest.raises(Corrupt, match="missing"):
         read(store, "a.arrow", DATA)
-    assert ColdStore(tmp_path, 3).list_files() == ([], False)
+    assert ColdStore(tmp_path, 3).open().list_files() == ([], False)
     assert list(tmp_path.rglob("*.part")) == []  # what was left half written is gone after a restart
-    store = ColdStore(tmp_path, 3)
+    store = ColdStore(tmp_path, 3).open()
     assert write(store, "a.arrow", DATA, disk=1) == (len(DATA), checksum(DATA))
     assert (tmp_path / "disk-1" / "a.arrow").read_bytes() == DATA
-    again = ColdStore(tmp_path, 3)
+    again = ColdStore(tmp_path, 3).open()
     assert again.find("a.arrow")[:2] == (1, len(DATA))
     assert read(again, "a.arrow", DATA, 100, 5_000) == DATA[100:5_100]
     assert [entry[:2] for entry in again.list_files()[0]] == [("a.arrow", len(DATA))]
 
 
 def test_writing_the_same_file_again_succeeds_and_other_content_is_refused(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     write(store, "a", DATA)
     assert write(store, "a", DATA) == (len(DATA), checksum(DATA))
     with pytest.raises(InvalidRequest, match="other content"):
         write(store, "a", DATA[:-1])
     assert read(store, "a", DATA) == DATA
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a"]
+    assert files_in(tmp_path) == ["a"]
 
 
 def test_a_checksum_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     with pytest.raises(InvalidRequest, match="checksum"):
         store.write_piece("a", 0, 0, DATA, last=True, crc=1)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert files_in(tmp_path) == []
     with pytest.raises(InvalidRequest, match="start at 0"):
         store.write_piece("a", 0, 10, DATA, last=False, crc=1)
 
 
 def test_pieces_may_be_sent_again_but_not_with_gaps(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 2)
+    store = ColdStore(tmp_path, 2).open()
     store.write_piece("a", 0, 0, DATA[:50], last=False, crc=0)
     with pytest.raises(InvalidRequest, match="a piece at 60"):
         store.write_piece("a", 0, 60, DATA[60:], last=True, crc=checksum(DATA))
-    with pytest.raises(InvalidRequest, match="disk-1"):
+    with pytest.raises(InvalidRequest, match="beginning"):
         store.write_piece("a", 1, 50, DATA[50:], last=True, crc=checksum(DATA))
     for _ in range(2):
         store.write_piece("a", 0, 50, DATA[50:90], last=False, crc=0)
@@ -84,24 +90,24 @@ def test_pieces_may_be_sent_again_but_not_with_gaps(tmp_path: Path) -> None:
     "name", ["", ".", "..", "../a", "a/b", "/a", "A", "a b", "a\n", "a\0", "-a", ".a", "a.part", "ä", "a" * 129]
 )
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
-    store = ColdStore(tmp_path / "node", 1)
+    store = ColdStore(tmp_path / "node", 1).open()
     (tmp_path / "a").write_bytes(DATA)
     for attempt in (
         lambda: store.write_piece(name, 0, 0, b"x", last=True, crc=checksum(b"x")),
         lambda: store.read_block(name, 0, 1, 0),
         lambda: store.remove(name),
         lambda: store.restore(name, 0, b"x"),
-        lambda: store.add_to_copy(name, 0, 0, b"x"),
+        lambda: store.copies.add(name, 0, 0, b"x"),
         lambda: store.index(name),
     ):
         with pytest.raises(InvalidRequest):
             attempt()
     assert (tmp_path / "a").read_bytes() == DATA
-    assert [path for path in (tmp_path / "node").rglob("*") if path.is_file()] == []
+    assert files_in(tmp_path / "node") == []
 
 
 def test_sizes_and_disks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ColdStore(tmp_path, 2)
+    store = ColdStore(tmp_path, 2).open()
     with pytest.raises(InvalidRequest, match="disks 0 to 1"):
         write(store, "a", DATA, disk=2)
     with pytest.raises(InvalidRequest):
@@ -118,7 +124,7 @@ def test_sizes_and_disks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_only_so_many_files_are_written_at_once_and_stale_ones_make_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     for number in range(16):
         store.write_piece(f"a{number}", 0, 0, b"x", last=False, crc=0)
     with pytest.raises(Unavailable, match="at once"):
@@ -130,7 +136,7 @@ def test_only_so_many_files_are_written_at_once_and_stale_ones_make_room(
 
 
 def test_damage_shortness_and_absence_are_told_apart(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     write(store, "a", DATA)
     path = tmp_path / "disk-0" / "a"
     damaged = bytearray(DATA)
@@ -149,7 +155,7 @@ def test_damage_shortness_and_absence_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_listing_comes_in_pages(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     for number in range(5):
         write(store, f"f{number}", DATA)
     page, more = store.list_files("", 2)
@@ -163,7 +169,7 @@ def test_a_listing_comes_in_pages(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_unavailable_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -181,7 +187,7 @@ def test_a_full_disk_is_unavailable_and_says_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_restoring_bytes_in_place_keeps_the_rest(tmp_path: Path) -> None:
-    store = ColdStore(tmp_path, 1)
+    store = ColdStore(tmp_path, 1).open()
     write(store, "a", DATA)
     path = tmp_path / "disk-0" / "a"
     path.write_bytes(DATA[:100] + b"\0" * 50 + DATA[150:])
@@ -191,26 +197,31 @@ def test_restoring_bytes_in_place_keeps_the_rest(tmp_path: Path) -> None:
         store.restore("a", len(DATA) - 10, DATA[:20])
 
 
-def test_a_whole_copy_is_taken_only_if_all_its_blocks_are_good(tmp_path: Path) -> None:
-    good = cold_file()
-    store = ColdStore(tmp_path, 2)
-    damaged = bytearray(good)
-    damaged[len(good) // 3] ^= 1
+def test_a_whole_copy_is_checked_piece_by_piece_and_counts_only_when_it_is_kept(tmp_path: Path) -> None:
+    good = cold_file("a")
+    store = ColdStore(tmp_path, 2).open()
+    at = len(good) // 3
+    damaged = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
 
-    def replace(*pieces: bytes) -> None:
+    def write_copy(*pieces: bytes) -> None:
         offset = 0
         for piece in pieces:
-            store.add_to_copy("a", 1, offset, piece)
+            store.copies.add("a", 1, offset, piece)
             offset += len(piece)
-        store.finish_copy("a", 1)
 
+    write_copy(damaged)
+    (piece,) = store.copies.check("a", 1).damaged
+    assert piece.offset <= at < piece.end
+    write_copy(good[:-30])
     with pytest.raises(Corrupt):
-        replace(bytes(damaged))
-    with pytest.raises(Corrupt):
-        replace(good[:-30])
-    store.add_to_copy("a", 1, 0, good[:700])
-    store.drop_copy("a", 1)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    replace(good[:700], good[700:])
+        store.copies.check("a", 1)
+    store.copies.drop("a", 1)
+    assert files_in(tmp_path) == []
+    write_copy(good[:700], good[700:])
+    found = store.copies.check("a", 1)
+    assert (found.size, found.crc, found.sealed, found.damaged) == (len(good), checksum(good), True, [])
+    assert store.list_files() == ([], False)
+    store.copies.keep("a", 1, 1_000.0)
     assert Path(tmp_path / "disk-1" / "a").read_bytes() == good
     assert store.index("a")[1].table == b"t"
+    assert store.find("a") == (1, len(good), 1_000.0)

@@ -186,6 +186,14 @@ def test_the_file_for_three_zones_is_complete_and_valid() -> None:
         assert counts == dict.fromkeys(zones.names, 3), tier
 
 
+def test_each_disk_of_a_cold_node_has_a_folder_of_its_own_or_none_is_named(tmp_path: Path) -> None:
+    error = error_of(tmp_path, "cold:\n  disks: 3\n  disk_dirs: [/mnt/a, /mnt/b]")
+    assert "disk_dirs has 2 folders and disks is 3" in error
+    assert "twice" in error_of(tmp_path, "cold:\n  disks: 2\n  disk_dirs: [/mnt/a, /mnt/a]")
+    loaded = load(tmp_path, "cold:\n  disks: 2\n  disk_dirs: [/mnt/a, here]")
+    assert loaded.cold.disk_dirs == [Path("/mnt/a"), tmp_path / "here"], "a relative path starts at the file's folder"
+
+
 def test_all_mistakes_are_reported_together_and_the_list_is_bounded(tmp_path: Path) -> None:
     error = error_of(tmp_path, "buckets: 5\ncold:\n  disks: 0\n  foo: 1")
     assert [line.split(": ")[0] for line in error.splitlines()] == ["some.yaml:1", "some.yaml:3", "some.yaml:4"]

@@ -5,11 +5,24 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from replica_group import BUCKETS, Group, key_of, write_message
-from timetier.cluster.cold.link import FORMAT, RECORDS_AT, Block, Link, encode_link
-from timetier.cluster.keys import bucket_of, item_key, priority, system_timeline, timeline_hash, timeline_key
+from cold_links import (
+    ALICE,
+    BUCKET,
+    FIRST,
+    FOREVER,
+    OWNER,
+    SECOND,
+    SMALL,
+    SYSTEM,
+    THIRD,
+    commit,
+    link_of,
+    rid,
+)
+from replica_group import BUCKETS, Group
+from timetier.cluster.cold.link import RECORDS_AT, Link
+from timetier.cluster.keys import item_key, timeline_hash, timeline_key
 from timetier.cluster.messages import (
     DELETE,
     OK,
@@ -28,50 +41,6 @@ from timetier.cluster.messages import (
 )
 from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import VOTING
-
-OWNER = b"alice"
-ALICE = key_of("alice")
-BUCKET = bucket_of(ALICE)
-SYSTEM = system_timeline(BUCKET)
-FIRST, SECOND, THIRD = priority(ALICE, 3)
-SMALL = Settings(request_id_entries=8, log_keep_entries=8)
-FOREVER = (1 << 63) - 1
-
-
-def rid(number: int) -> bytes:
-    return number.to_bytes(16, "big")
-
-
-def link_of(version: int, *, window: tuple[int, int] = (0, 100), event_before: int = 100, generation: int = 1) -> Link:
-    """A link that claims all of alice's items of a window as of `version`."""
-    owner = timeline_hash(b"t", OWNER)
-    block = Block("f", 8, 10, 0, 1, item_key(window[0]), item_key(window[1]), OWNER, OWNER)
-    return Link(
-        FORMAT,
-        BUCKET,
-        b"t",
-        window[0],
-        window[1],
-        generation,
-        event_before,
-        FOREVER,
-        np.array([owner], dtype="<u8").tobytes(),
-        pack_i64([version]),
-        1,
-        1,
-        "run",
-        [block],
-    )
-
-
-def commit(group: Group, number: int, link: Link, request: int, system_version: int) -> None:
-    message = write_message(SYSTEM, rid(request), [], if_version=system_version, seen=system_version)
-    message.kinds = bytes((PUT,))
-    message.keys.append(link.key)
-    message.values.append(encode_link(link))
-    message.counts = pack_u32([1])
-    answer = group.call(number, message)
-    assert answer.outcomes[0] == OK  # type: ignore[union-attr]
 
 
 def look(group: Group, number: int) -> tuple[dict[bytes, tuple[int, bytes]], list[str]]:

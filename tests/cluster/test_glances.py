@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from read_answers import keys_of, travelled
 from reader_bench import Bench, T
-from storage_model import DEAD, PAUSED, key_of
+from storage_model import DEAD, PAUSED, UP, key_of
 from timetier.cluster.keys import item_key
 from timetier.cluster.memory import glances
 from timetier.cluster.memory.columns import NO_PAGE, ItemGlance, PageGlance
@@ -91,6 +91,42 @@ def test_a_page_with_items_that_have_expired_since_is_not_proven() -> None:
     page = page_of(bench)
     assert page.keys == [item_key(50)]
     assert unproven(bench, page) == []
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_page_is_not_proven_once_one_of_those_asked_has_accepted_a_later_horizon(moved: int) -> None:
+    bench = Bench()
+    for timestamp in (1, 50):
+        bench.world.put(T, timestamp)
+    page = page_of(bench)
+    for replica in bench.world.replicas:
+        replica.lags = True
+    bench.world.horizon = 20
+    assert unproven(bench, page) == [], "nobody has heard of it"
+    bench.world.replicas[bench.order()[moved]].lags = False
+    assert unproven(bench, page) == [0]
+    page = page_of(bench)
+    assert page.keys == [item_key(50)]
+    assert unproven(bench, page) == []
+    bench.world.replicas[bench.order()[1 - moved]].lags = False
+    assert unproven(bench, page) == [0], "it can't be told from here that this is the same horizon"
+    assert unproven(bench, page_of(bench)) == []
+
+
+def test_a_page_that_other_replicas_confirm_is_proven_when_they_have_told_their_horizons_once() -> None:
+    bench = Bench()
+    bench.world.put(T, 1)
+    page = page_of(bench)
+    first, second, third = bench.order()
+    bench.world.replicas[first].state = DEAD
+    assert unproven(bench, page) == [0]
+    page = page_of(bench)
+    assert unproven(bench, page) == []
+    bench.world.replicas[first].state, bench.world.replicas[second].state = UP, DEAD
+    for _ in range(4):
+        page = page_of(bench)
+    assert unproven(bench, page) == [], "the marks of all that have ever told are kept"
+    assert bench.world.replicas[third].state == UP
 
 
 @pytest.mark.parametrize(

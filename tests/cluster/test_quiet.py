@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from cold_links import link_of, rid
 from counting_engine import CountingEngine
 from interaction import Interpreter
 from interaction_text import owner_key
-from replica_group import BUCKETS, Group, key_of
-from timetier.cluster.keys import MAX_TIMESTAMP, item_key, priority
-from timetier.cluster.messages import DELETE, OK, PUT, Scan, Scanned, unpack_u32
+from msgspec import structs
+from replica_group import BUCKETS, Group, key_of, write_message
+from timetier.cluster.cold.link import encode_link
+from timetier.cluster.keys import MAX_TIMESTAMP, bucket_of, item_key, priority, system_timeline
+from timetier.cluster.messages import DELETE, OK, PUT, Scan, Scanned, Written, pack_u32, unpack_u32
 from timetier.cluster.paxos.core import Settings
 from timetier.cluster.paxos.replica import Replica
 
@@ -150,9 +153,79 @@ def test_what_is_left_out_is_never_what_a_scan_of_everything_finds(seed: int) ->
             before = replica.core.counters.totals.get("quiet_buckets", 0)
             found = scan_all(replica, event, written)
             left_out += replica.core.counters.totals.get("quiet_buckets", 0) - before
-            known = dict(replica.core.quiet._bounds)
-            replica.core.quiet._bounds.clear()
+            known = dict(replica.core.quiet.bounds)
+            replica.core.quiet.bounds.clear()
             assert scan_all(replica, event, written) == found
             for place, bound in known.items():
-                replica.core.quiet._put(place, *bound)  # in the engine too, as a restart finds it
+                replica.core.quiet.put(place, bound)  # in the engine too, as a restart finds it
     assert left_out > 0
+
+
+def sink_everywhere(group: Group) -> None:
+    """Every bucket has a row that is young, and a link of a window in which nothing has expired."""
+    for bucket in range(BUCKETS):
+        owner = next(f"o{n}" for n in range(10_000) if bucket_of(key_of(f"o{n}")) == bucket)
+        put(group, key_of(owner), bucket, 1_000, seen=0)
+        link = structs.replace(link_of(0, window=(500, 600)), bucket=bucket)
+        message = write_message(system_timeline(bucket), rid(9_000 + bucket), [], if_version=0)
+        message.kinds, message.counts = bytes((PUT,)), pack_u32([1])
+        message.keys.append(link.key)
+        message.values.append(encode_link(link))
+        answer = group.call(next(n for n in priority(system_timeline(bucket), 3) if group.votes(n)), message)
+        assert isinstance(answer, Written) and answer.outcomes[0] == OK
+    group.run(1.0)
+
+
+def test_an_idle_scan_is_one_call_that_reads_no_row_and_parses_no_link_also_after_a_restart() -> None:
+    group = Group(5)
+    engine = group.members[0].engine = CountingEngine()
+    group.start(0)
+    group.run_until(lambda: all(map(group.votes, range(3))))
+    sink_everywhere(group)
+    question = Scan(0, b"t", 500, FOR_EVER, b"", 1 << 20, expire_before=500, expire_step=10, all_links=False)
+    for round_ in range(3):
+        replica = group.replica(0)
+        group.run_until(lambda replica=replica: replica.chores.pending == 0)
+        engine.commit()
+        replica.links._buckets.clear()
+        engine.rows_read = 0
+        answer, _ = replica.scans.scan(question, replica.owned)
+        assert (answer.timelines, answer.next_bucket) == ([], -1)
+        if round_:
+            assert engine.rows_read <= 4, "but for the bucket that an answer without anything names"
+            assert len(replica.links._buckets) <= 1
+        if round_ == 1:
+            engine.sync()
+            group.crash(0)
+            group.start(0)
+            group.run_until(lambda: group.votes(0))
+
+
+def test_with_all_links_every_bucket_with_links_is_answered() -> None:
+    group = Group(6)
+    sink_everywhere(group)
+    replica = group.replica(0)
+    found, bucket = [], 0
+    while bucket >= 0:
+        answer, _ = replica.scans.scan(Scan(bucket, b"t", 500, FOR_EVER, b"", 1 << 20), replica.owned)
+        found += [answer.scanned_bucket] * bool(answer.links)
+        bucket = answer.next_bucket
+    assert found == list(range(BUCKETS))
+
+
+def test_an_expired_window_is_told_by_the_place_of_its_links_alone() -> None:
+    group = Group(7)
+    sink_everywhere(group)
+    replica = group.replica(0)
+
+    def buckets_told(expire_before: int) -> int:
+        told, bucket = 0, 0
+        while bucket >= 0:
+            question = Scan(bucket, b"t", 500, FOR_EVER, b"", 1 << 20, expire_before, 1, all_links=False)
+            answer, _ = replica.scans.scan(question, replica.owned)
+            told += bool(answer.links) and answer.next_bucket >= 0
+            bucket = answer.next_bucket
+        return told
+
+    assert buckets_told(500) == 0
+    assert buckets_told(501) == BUCKETS - 1, "and the last one"

@@ -52,6 +52,41 @@ def assert_true(world: World, read: Read, floor: int) -> None:
     assert answer.items.more or len(truth) <= read.limit
 
 
+@pytest.mark.parametrize("lagging", range(3))
+@pytest.mark.parametrize("cached", [True, False], ids=["a page in memory", "nothing in memory"])
+def test_what_has_expired_does_not_come_back_through_a_replica_that_lags(lagging: int, cached: bool) -> None:
+    bench = Bench(budget_bytes=1 << 20 if cached else 0)
+    for timestamp in range(30):
+        bench.world.put(T, timestamp)
+    window = bench.world.sink(T, 10)
+    for number in range(3):
+        bench.world.apply_link(number, T, window)
+    bench.page(limit=100)
+    bench.world.replicas[bench.order()[lagging]].lags = True
+    bench.world.horizon = 15
+    for away in (None, 0, 1, 2):
+        for replica in bench.world.replicas:
+            replica.state = DEAD if replica.number == away and not replica.lags else UP
+        page = bench.page(limit=100)
+        assert [item.timestamp for item in page.items.unpacked()] == list(range(29, 14, -1))
+        assert bench.item(14).item is None and bench.item(3).item is None and bench.item(15).item is not None
+
+
+def test_a_replica_that_does_not_know_whether_a_horizon_was_chosen_is_no_vote() -> None:
+    bench = Bench()
+    for timestamp in range(30):
+        bench.world.put(T, timestamp)
+    bench.world.horizon = 15
+    first, second, third = bench.order()
+    bench.world.replicas[first].unsure = True
+    bench.world.replicas[second].lags = True
+    assert [item.timestamp for item in bench.page(limit=100).items.unpacked()] == list(range(29, 14, -1))
+    bench.world.replicas[third].state = DEAD
+    read = bench.page_read(100)
+    bench.run(read)
+    assert isinstance(read.answer, Unavailable), "the second one alone can't tell"
+
+
 # ---------------------------------------------------------------- linearizability
 
 

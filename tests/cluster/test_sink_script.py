@@ -5,159 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cold_model import BUCKETS, POLICY, TABLE, StorageModel, topology, view_of, visible
-from timetier.cluster.carriers.base import Carrier
-from timetier.cluster.carriers.memory import MemoryNetwork
-from timetier.cluster.cold.block import DecodedBlock, decode_block, verify
-from timetier.cluster.cold.link import Block
-from timetier.cluster.cold.service import ColdService
+from cold_model import BUCKETS, POLICY, TABLE, topology, view_of
+from sink_world import CUT, SETTINGS, Crashed, World, answers, crash_after, is_link_write, with_world
 from timetier.cluster.cold.sink_calls import SinkSettings
 from timetier.cluster.cold.sink_script import SinkProgress, SinkReport, TableSink, sink
 from timetier.cluster.cold.sinking import CutOffs
-from timetier.cluster.counters import Counters
 from timetier.cluster.drive import drive
-from timetier.cluster.effects import Call, Script, Sleep
+from timetier.cluster.effects import Script, Sleep
 from timetier.cluster.errors import InvalidRequest
-from timetier.cluster.keys import (
-    MAX_TIMESTAMP,
-    bucket_of,
-    is_system,
-    system_timeline,
-    timeline_key,
-)
-from timetier.cluster.messages import FileWrite, Message, Scan, Scanned, Write
+from timetier.cluster.keys import bucket_of, system_timeline, timeline_key
+from timetier.cluster.messages import FileWrite, Message, Scan, Scanned
 from timetier.cluster.topology import TablePolicy, Topology
-
-SETTINGS = SinkSettings(
-    block_rows=8, file_bytes=4_000, orphan_grace_s=0, scan_bytes=300, piece_bytes=1_000, attempts=2, back_off_s=0.001
-)
-CUT = CutOffs(1_000, MAX_TIMESTAMP)
-
-
-class Crashed(Exception):
-    """The process of the sink ended."""
-
-
-class World:
-    """A cluster: storage as a model, cold nodes as they are, and what must be found in them."""
-
-    def __init__(self, folder: Path, *, groups: int = 1) -> None:
-        self.folder = folder
-        self.shape = topology(groups=groups)
-        self.storage = StorageModel(self.shape)
-        self.network = MemoryNetwork()
-        self.cold: dict[str, ColdService] = {}
-        self.expected: dict[bytes, dict[bytes, tuple[int, bytes]]] = {}
-        self.runs = itertools.count(1)
-
-    async def start(self) -> None:
-        for group in range(self.shape.storage_groups):
-            for node in (self.shape.storage_node(group, replica) for replica in range(3)):
-                self.network.register(node, self.storage.handle)
-            for replica in range(3):
-                name = self.shape.cold_node(group, replica)
-                carrier = self.network.carrier(name)
-                node_folder = self.folder / name
-                self.cold[name] = ColdService(
-                    name, group, replica, node_folder, self.shape, carrier, disks=2, read_threads=1, counters=Counters()
-                )
-                await self.cold[name].start()
-                self.network.register(name, self.cold[name].handle)
-
-    async def stop(self) -> None:
-        for node in self.cold.values():
-            await node.stop()
-
-    def load(self, owners: int, each: int, *, start: int = 0, step: int = 7) -> None:
-        for owner in range(owners):
-            for at in range(each):
-                self.storage.put(b"owner-%d" % owner, start + at * step, b"value %d" % at, 1, b"%d" % (at % 3))
-        self.remember()
-
-    def remember(self) -> None:
-        """What is visible at this moment must be so from now on."""
-        self.expected = self.visible()
-
-    def visible(self) -> dict[bytes, dict[bytes, tuple[int, bytes]]]:
-        return {
-            key: visible(
-                stored,
-                key,
-                self.storage.links(bucket_of(key)),
-                self.read,
-                self.storage.horizon(bucket_of(key), TABLE),
-            )
-            for key, stored in sorted(self.storage.timelines.items())
-            if not is_system(key)
-        }
-
-    def read(self, block: Block) -> DecodedBlock:
-        copies = [path.read_bytes() for path in self.files(block.file)]
-        assert len(copies) == 3, f"{len(copies)} copies of {block.file}"
-        assert len(set(copies)) == 1, "the copies differ"
-        data = copies[0][block.offset : block.offset + block.length]
-        verify(data, block.crc)
-        return decode_block(data)
-
-    def files(self, pattern: str = "*.arrow") -> list[Path]:
-        return sorted(self.folder.glob(f"cold-*/disk-*/{pattern}"))
-
-    def hot_rows(self) -> int:
-        return sum(len(s.rows) for key, s in self.storage.timelines.items() if not is_system(key))
-
-    def script(self, **options: Any) -> Script[SinkReport]:
-        number = next(self.runs)
-        policy = options.pop("policy", POLICY)
-        task = TableSink(TABLE, policy, options.pop("cut_offs", CUT))
-        settled = {"run": f"run-{number}", "now_us": 10_000_000_000, "settings": SETTINGS, **options}
-        return sink(view_of(self.shape, number), [task], **settled)
-
-    async def run(self, **options: Any) -> SinkReport:
-        return await drive(self.script(**options), self.network.carrier("sink"))
-
-    def check(self) -> None:
-        assert self.visible() == self.expected
-
-
-def with_world(folder: Path, test: Callable[[World], Awaitable[None]], **options: int) -> None:
-    async def body() -> None:
-        world = World(folder, **options)
-        await world.start()
-        try:
-            await asyncio.wait_for(test(world), 60)
-        finally:
-            await world.stop()
-
-    asyncio.run(body())
-
-
-def crash_after(script: Script[SinkReport], steps: int) -> Script[SinkReport]:
-    """The script, ended after so many effects: the last of them was carried out, but its results were never seen."""
-    effect = next(script)
-    for _ in range(steps):
-        result = yield effect
-        steps -= 1
-        if not steps:
-            break
-        try:
-            effect = script.send(result)
-        except StopIteration as stop:
-            report: SinkReport = stop.value
-            return report
-    script.close()
-    raise Crashed
-
-
-async def answers(carrier: Carrier, effect: list[Call] | Sleep) -> list[Message]:
-    """Results of a script's calls."""
-    assert isinstance(effect, list)
-    return [await carrier.call(call.node, call.message, call.timeout_s) for call in effect]
 
 
 def test_a_run_sinks_what_is_old_evicts_it_and_everything_is_still_found(tmp_path: Path) -> None:
@@ -260,56 +122,16 @@ def test_late_writes_deletes_and_wipes_are_merged_into_the_next_generation(tmp_p
     with_world(tmp_path, body)
 
 
-def test_a_crash_after_any_step_loses_nothing_and_the_next_run_does_the_rest(tmp_path: Path) -> None:
-    async def crash(folder: Path, steps: int) -> bool:
-        world = World(folder)
-        await world.start()
-        try:
-            world.load(4, 12)
-            await world.run()
-            world.storage.put(b"owner-0", 2, b"late", 2)
-            world.storage.delete(b"owner-1", 70, 2)
-            for at in range(12):
-                world.storage.put(b"other", at * 9, b"x", 2)
-            world.remember()
-            world.storage.evicting = steps % 2 == 0
-            try:
-                await drive(crash_after(world.script(), steps), world.network.carrier("sink"))
-                crashed = False
-            except Crashed:
-                crashed = True
-            world.check()
-            world.storage.evicting = True
-            report = await world.run()
-            assert report.errors == [], report.errors
-            world.check()
-            await world.run()
-            world.check()
-            assert world.hot_rows() == 0
-            named = {block.file for link in world.storage.all_links() for block in link.blocks}
-            assert {path.name for path in world.files()} == named  # no garbage is left
-            return crashed
-        finally:
-            await world.stop()
-
-    async def body() -> int:
-        for steps in itertools.count(1):
-            if not await crash(tmp_path / str(steps), steps):
-                return steps
-        raise AssertionError
-
-    steps = asyncio.run(asyncio.wait_for(body(), 120))
-    assert steps > 15
-
-
 def test_of_two_runs_at_once_one_is_fenced_and_nothing_is_lost(tmp_path: Path) -> None:
     async def body(world: World) -> None:
         world.load(8, 10)
         first, second = await asyncio.gather(world.run(), world.run())
         world.check()
-        assert first.errors == second.errors == []
-        # The orphan pass of the faster run may fence what the slower one is about to link; a later run takes it.
-        assert first.fenced_buckets + second.fenced_buckets > 0
+        stopped, other = sorted((first, second), key=lambda report: not report.fenced)
+        assert stopped.fenced == f"fenced by run {other.run}, epoch {other.epoch}"
+        assert stopped.errors == [f"this run has stopped: {stopped.fenced}"]
+        assert (other.fenced, other.errors) == ("", [])
+        assert {stopped.epoch, other.epoch} == {1, 2}
         await world.run()
         await world.run()
         world.check()
@@ -327,7 +149,7 @@ def test_a_stale_run_cannot_link_a_file_that_was_removed_as_an_orphan(tmp_path: 
         stale = world.script(settings=replace(SETTINGS, file_bytes=1 << 20))  # one file for all
         effect = next(stale)
         while True:  # up to its first write of links: all its blocks are on disk
-            if isinstance(effect, list) and isinstance(effect[0].message, Write):
+            if isinstance(effect, list) and is_link_write(effect[0].message):
                 break
             effect = stale.send(await answers(carrier, effect))
         garbage = {path.name for path in world.files()}
@@ -343,6 +165,7 @@ def test_a_stale_run_cannot_link_a_file_that_was_removed_as_an_orphan(tmp_path: 
             except StopIteration as stop:
                 assert stop.value.fenced_buckets > 0
                 assert stop.value.rows == 0
+                assert stop.value.fenced == f"fenced by run {report.run}, epoch 2"
                 break
         assert world.storage.all_links() == []
         world.check()
@@ -561,7 +384,8 @@ def test_retention_expires_by_a_written_horizon_and_frees_whole_blocks(tmp_path:
         await world.run()
         assert len({link.window_start for link in world.storage.all_links()}) == 6
         world.storage.put(b"owner-0", 20, b"too late", 2)
-        report = await world.run(policy=policy, now_us=1_120_000_000)  # horizon 120
+        lazy = replace(SETTINGS, min_live_share=0.0)  # no file is rewritten
+        report = await world.run(policy=policy, now_us=1_120_000_000, settings=lazy)  # horizon 120
         assert report.errors == []
         assert {link.window_start for link in world.storage.all_links()} == {100, 150, 200, 250}
         for owner in range(3):
@@ -570,7 +394,7 @@ def test_retention_expires_by_a_written_horizon_and_frees_whole_blocks(tmp_path:
         found = world.visible()
         assert all(len(items) == 18 for items in found.values())
         versions = {b: world.storage.stored(system_timeline(b)).version for b in range(BUCKETS)}
-        await world.run(policy=policy, now_us=1_130_000_000)  # no step worth writing
+        await world.run(policy=policy, now_us=1_125_000_000, settings=lazy)  # no step worth writing
         assert versions == {b: world.storage.stored(system_timeline(b)).version for b in range(BUCKETS)}
         await world.run(policy=policy, now_us=1_000_000_000)  # a clock that went back
         assert world.visible() == found

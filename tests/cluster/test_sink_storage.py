@@ -126,7 +126,9 @@ def test_two_runs_at_once_do_no_harm_to_real_services(tmp_path: Path) -> None:
             for owner in OWNERS:
                 await tiers.write(owner, {item_key(at * STEP): b"%d" % at for at in range(EACH)})
             first, second = await asyncio.gather(tiers.sink(20 * STEP, "a"), tiers.sink(20 * STEP, "b"))
-            assert first.errors == second.errors == []
+            stopped, other = sorted((first, second), key=lambda report: not report.fenced)
+            assert stopped.errors == [f"this run has stopped: fenced by run {other.run}, epoch 2"]
+            assert (other.errors, other.epoch) == ([], 2)
             await tiers.check()
             last = await tiers.sink(20 * STEP, "c")
             assert last.errors == []

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from timetier.cluster.cold import sinking
 from timetier.cluster.cold.block import DecodedBlock, FileBuilder, decode_block, verify
 from timetier.cluster.cold.link import Block, Link, decode_link, encode_link
+from timetier.cluster.cold.merging import merge_window
 from timetier.cluster.cold.sinking import (
     CutOffs,
     Timeline,
     chosen_cut_offs,
     expired_links,
     make_link,
-    merge_window,
     next_horizon,
     split_stale,
     standing_cut_offs,
@@ -360,10 +360,12 @@ def test_cut_offs_follow_the_younger_of_event_and_write_time_unless_told_otherwi
 
 
 def test_the_horizon_grows_in_steps_and_never_shrinks() -> None:
-    policy = TablePolicy(per_second=1, cold_after=1, window=5, retention=100)
-    assert next_horizon(MIN_TIMESTAMP, policy, 1_000_000_000) == 900
-    assert next_horizon(896, policy, 1_000_000_000) == 896
-    assert next_horizon(895, policy, 1_000_000_000) == 900
+    policy = TablePolicy(per_second=1, cold_after=1, window=5, retention=500)
+    assert next_horizon(MIN_TIMESTAMP, policy, 1_000_000_000) == 500
+    assert next_horizon(496, policy, 1_000_000_000) == 496
+    assert next_horizon(495, policy, 1_000_000_000) == 500
+    fine = TablePolicy(per_second=1, cold_after=1, window=50, retention=300)
+    assert (next_horizon(697, fine, 1_000_000_000), next_horizon(698, fine, 1_000_000_000)) == (700, 698), "by a 100th"
     assert next_horizon(2_000, policy, 1_000_000_000) == 2_000
     assert next_horizon(3, POLICY, 1_000_000_000) == 3
 

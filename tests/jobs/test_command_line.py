@@ -183,6 +183,50 @@ def test_the_sink_is_run_and_followed_and_everything_stays_readable(shell: Shell
     assert_one_error_line(shell.run("sink", "--namespace", "nowhere"), 1, "nowhere", "timetier up")
 
 
+def test_a_round_of_scrubbing_is_started_and_followed_and_restores_what_is_damaged(shell: Shell) -> None:
+    assert shell.json("scrub")["nodes"]["cold-0-1"]["scrub"]["state"] == "waiting"
+    path = next((shell.folder / "data" / "cold-0-1").glob("disk-*/*.arrow"))
+    good = path.read_bytes()
+    path.write_bytes(good[:1_000] + bytes([good[1_000] ^ 1]) + good[1_001:])
+    (node,) = shell.json("scrub", "--now", "--node", "cold-0-1", "--mb-per-s", "100")["nodes"].values()
+    assert (node["scrub"]["last"]["found"], node["scrub"]["last"]["files"]) == (1, 1)
+    assert path.read_bytes() == good
+    line = next(line for line in told_here(shell, "status").splitlines() if line.startswith("cold-0-1  waiting"))
+    assert line.split()[2] == "1"
+    assert_one_error_line(shell.run("scrub", "--now", "--node", "cache-0-0"), 1, "cold-0-0, cold-0-1, cold-0-2")
+
+
+def told_here(shell: Shell, *arguments: str) -> str:
+    """What a command prints, in this process, which is connected to Ray already."""
+    command, *rest = arguments
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.chdir(shell.folder):
+        status = run_command(commands, [command, *shell.options, *rest])
+    assert status == 0, out.getvalue()
+    return out.getvalue()
+
+
+def test_explain_and_tiers_say_what_is_where(shell: Shell) -> None:
+    for at in range(1, 4):
+        shell.quick("put", "looked-at", str(at), f"v{at}")
+    shell.quick("get", "looked-at", "2")
+    found = shell.json("explain", "moments", "looked-at", "2", "--id", "")
+    (item,) = found["items"]
+    assert (found["version"], found["proven"]) == (3, True)
+    assert (item["tier"], item["state"], item["version"]) == ("storage", "live", 2)
+    assert found["next_sink"]["schedule"].startswith("by hand only")
+    text = told_here(shell, "explain", "moments", "looked-at")
+    assert all(f"storage-0-{replica}" in text for replica in range(3))
+    assert_one_error_line(shell.run("explain", "moments", "nobody"), 1, "nobody", "nothing was ever written")
+
+    table = json.loads(told_here(shell, "tiers", "--table", "moments", "--exact", "--json"))["tables"][0]
+    assert sum(table["storage_items"]) >= 3
+    assert sum(table["reads_day"]) >= 1
+    assert (table["data_up_to_age"][-1], table["reads_up_to_age"][-1]) == (1.0, 1.0)
+    assert "share of the data" in told_here(shell, "tiers")
+    assert "timetier explain" in told_here(shell, "status")
+
+
 def change_a_row(folder: Path) -> None:
     """Another value in one row of a storage node that does not run."""
     engine = RocksEngine(folder / "engine", create=False, cache_mb=8, write_buffer_mb=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from cold_model import POLICY, topology
@@ -22,6 +23,20 @@ def test_tables_sink_by_their_own_rule_or_by_a_cut_off_that_is_given() -> None:
     assert task.cut_offs == CutOffs(77, MAX_TIMESTAMP)
     with pytest.raises(InvalidRequest, match="known: t"):
         tables_to_sink(shape, ("other",), None, False, 0)
+    internal = msgspec.structs.replace(shape, default_table=POLICY)
+    assert tables_to_sink(internal, ("other",), None, False, 0)
+    with pytest.raises(InvalidRequest, match="_timetier"):
+        tables_to_sink(internal, ("_timetier",), None, False, 0)
+
+
+def test_rows_wait_by_the_standing_rule_and_never_when_a_cut_off_is_given_by_hand() -> None:
+    shape, now_us = topology(), 1_000_000_000
+    (task,) = tables_to_sink(shape, ("t",), None, False, now_us, 60.0)
+    assert task.patience == CutOffs(840, 840_000_000)
+    for before, by_event_time in ((77, False), (None, True)):
+        (task,) = tables_to_sink(shape, ("t",), before, by_event_time, now_us, 60.0)
+        assert task.patience is None
+    assert tables_to_sink(shape, ("t",), None, False, now_us)[0].patience is None
 
 
 def test_a_run_is_named_like_its_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,5 +52,5 @@ def test_a_run_is_named_like_its_ray_job(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_program_explains_its_options() -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for option in ("--namespace", "--table", "--before", "--by-event-time", "--run"):
+    for option in ("--namespace", "--table", "--before", "--by-event-time", "--run", "--check-files"):
         assert option in result.output

@@ -40,6 +40,9 @@ COVERAGE = (
     "storage states_installed",
     "storage entries_trimmed",
     "storage rows_evicted",
+    "storage rows_expired",
+    "storage horizons_in_doubt",
+    "storage quiet_buckets",
     "storage rejoins",
     "storage outdated_lives_refused",
     "storage lives_ended_by_errors",
@@ -48,6 +51,10 @@ COVERAGE = (
     "cache cold_reads",
     "cold files_repaired",
     "cold blocks_repaired",
+    "cold scrub_rounds",
+    "cold scrub_found",
+    "cold disks_replaced",
+    "cold disks_rebuilt",
     "cold files_removed",
 )
 """Counters of the services that say that the rare things did happen."""

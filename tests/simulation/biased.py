@@ -69,6 +69,26 @@ def sinks(seed: int) -> Plan:
     return Plan(seed, shape, operations, faults)
 
 
+def retention(seed: int) -> Plan:
+    """Items expire by many runs of the sink, also those that are written late, and timelines are wiped, while replicas
+    are cut off and crash. Everything is read all the time, through caches that hold it."""
+    random = stream(seed, "retention")
+    shape = replace(_small(seed, random), cold_after_us=100_000, window_us=random.choice([300_000, 2_000_000]))
+    shape = replace(shape, retention_us=random.choice([300_000, 1_000_000]), duration_s=3.0, caches=2)
+    shape = replace(shape, cache_bytes=1 << 20, page_items=8, timeout_s=2.0)
+    kinds = {"put": 8, "put_many": 2, "delete": 2, "wipe": 1, "page": 14, "walk": 2, "get": 6}
+    operations = _operations(random, shape, 120, kinds)
+    clients = [f"client-{number}" for number in range(shape.clients)]
+    faults = []
+    for number in range(20):
+        kind = random.choice(["crash", "isolate", "one-way cut", "pause", "slow link", "sink", "sink", "sink", "sink"])
+        fault = _fault(random, number, kind, shape, clients)
+        if kind == "sink":
+            fault = replace(fault, node="", other="", lasts_s=random.choice([0.0, 0.0, 0.0, random.uniform(0.01, 0.2)]))
+        faults.append(fault)
+    return Plan(seed, shape, operations, faults)
+
+
 def crowds(seed: int) -> Plan:
     """Many clients at one timeline at the same moments, over slow links and slow disks; nothing crashes."""
     random = stream(seed, "crowds")
@@ -143,5 +163,6 @@ PLANS: dict[str, Planner] = {
     "crowds": crowds,
     "transfers": transfers,
     "sinks": sinks,
+    "retention": retention,
     "losses": losses,
 }

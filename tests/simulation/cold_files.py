@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from timetier.cluster.cold.block import FileIndex, read_index
+from timetier.cluster.cold.disk_marks import MARK_FILE
 from timetier.cluster.cold.files import Facts
 
 from .disk import SimDisk
@@ -32,7 +33,9 @@ class ColdFolder:
         self.disk = disk
         self.names: dict[Path, Inode] = {}
         self.synced_names: dict[Path, Inode] = {}
-        self.on_remove: Callable[[], None] = lambda: None  # for checks
+        self.failing: set[str] = set()  # names of disks that neither read nor write
+        self.on_remove: Callable[[Path], None] = lambda path: None  # for checks
+        self.on_name: Callable[[Path, Path], None] = lambda source, target: None
         disk.losable.append(self.power_off)
 
     def power_off(self) -> None:
@@ -56,8 +59,9 @@ class ColdFolder:
                 inode.data, inode.synced = bytearray(torn), torn
 
     def files(self) -> list[Path]:
-        """Whole files, sorted."""
-        return sorted(path for path in self.names if not path.name.endswith(".part"))
+        """Whole cold files, sorted."""
+        names = (path for path in self.names if path.parent.name.startswith("disk-"))
+        return sorted(path for path in names if not path.name.endswith(".part") and path.name != MARK_FILE)
 
     def flip_bit(self, path: Path, position: int) -> None:
         """Damage a byte of a file, where it lies."""
@@ -70,6 +74,12 @@ class ColdFolder:
                 synced[at] ^= 1 << (position % 8)
             inode.synced = bytes(synced)
 
+    def swap(self, path: Path, other: Path) -> None:
+        """Have two files change places, each whole and sound."""
+        for names in (self.names, self.synced_names):
+            if path in names and other in names:
+                names[path], names[other] = names[other], names[path]
+
     def lose(self, path: Path) -> None:
         """Have a file vanish."""
         self.names.pop(path, None)
@@ -80,23 +90,30 @@ class ColdFolder:
         self.names.clear()
         self.synced_names.clear()
 
+    def change_disk(self, name: str) -> None:
+        """Put an empty disk in the place of one."""
+        for names in (self.names, self.synced_names):
+            for path in [path for path in names if path.parent.name == name]:
+                del names[path]
+
 
 class SimFile:
     """Implements `OpenFile`."""
 
-    def __init__(self, files: SimFiles, inode: Inode) -> None:
+    def __init__(self, files: SimFiles, path: Path, inode: Inode) -> None:
         self._files = files
+        self._path = path
         self._inode = inode
 
     def facts(self) -> Facts:
         return Facts(len(self._inode.data), self._inode.modified_ns)
 
     def read(self, length: int, offset: int) -> bytes:
-        self._files.begin("read", writes=False)
+        self._files.begin("read", self._path, writes=False)
         return bytes(self._inode.data[offset : offset + length])
 
     def write(self, data: bytes, offset: int) -> None:
-        self._files.begin("write")
+        self._files.begin("write", self._path)
         inode = self._inode
         if offset > len(inode.data):
             inode.data.extend(bytes(offset - len(inode.data)))
@@ -105,7 +122,7 @@ class SimFile:
         self._files.end("written")
 
     def sync(self) -> None:
-        self._files.begin("sync")
+        self._files.begin("sync", self._path)
         self._inode.synced = bytes(self._inode.data)
         self._files.end("synced")
 
@@ -124,12 +141,12 @@ class SimFiles:
         self._folder = folder
         self._life = life
 
-    def begin(self, what: str, *, writes: bool = True) -> None:
-        """An operation begins. Raises OSError on a broken or full disk, Crashed."""
+    def begin(self, what: str, path: Path, *, writes: bool = True) -> None:
+        """An operation on a file or folder begins. Raises OSError on a broken or full disk, Crashed."""
         disk = self._folder.disk
         disk.operations += 1
         disk.point(self._life, what)
-        if disk.failing:
+        if disk.failing or not self._folder.failing.isdisjoint(path.parts):
             raise OSError(errno.EIO, f"simulated I/O error: {what}")
         if writes and disk.full:
             raise OSError(errno.ENOSPC, f"simulated full disk: {what}")
@@ -139,10 +156,10 @@ class SimFiles:
         self._folder.disk.point(self._life, what)
 
     def make_folder(self, folder: Path) -> None:
-        self.begin("make folder", writes=False)
+        self.begin("make folder", folder, writes=False)
 
     def list_files(self, folder: Path) -> list[str]:
-        self.begin("list", writes=False)
+        self.begin("list", folder, writes=False)
         return sorted(path.name for path in self._folder.names if path.parent == folder)
 
     def facts(self, path: Path) -> Facts:
@@ -154,37 +171,41 @@ class SimFiles:
 
     @contextmanager
     def open(self, path: Path, *, write: bool = False, create: bool = False, empty: bool = False) -> Iterator[SimFile]:
-        self.begin("open", writes=create)
+        self.begin("open", path, writes=create)
         if create and path not in self._folder.names:
             self._folder.names[path] = Inode(self.wall_ns())
         inode = self._inode(path)
         if empty:
             inode.data.clear()
-        yield SimFile(self, inode)
+        yield SimFile(self, path, inode)
 
     def index(self, path: Path) -> FileIndex:
-        self.begin("read index", writes=False)
+        self.begin("read index", path, writes=False)
         return read_index(bytes(self._inode(path).data))
 
     def rename(self, source: Path, target: Path) -> None:
-        self.begin("rename")
+        self.begin("rename", target)
         self._folder.names[target] = self._inode(source)
         del self._folder.names[source]
+        self._folder.on_name(source, target)
         self.end("renamed")
 
     def remove(self, path: Path) -> None:
-        self.begin("remove", writes=False)
+        self.begin("remove", path, writes=False)
         if self._folder.names.pop(path, None) is not None and not path.name.endswith(".part"):
-            self._folder.on_remove()
+            self._folder.on_remove(path)
         self.end("removed")
 
     def sync_folder(self, folder: Path) -> None:
-        self.begin("sync folder")
+        self.begin("sync folder", folder)
         synced = self._folder.synced_names
         for path in [path for path in synced if path.parent == folder]:
             del synced[path]
         synced.update((path, inode) for path, inode in self._folder.names.items() if path.parent == folder)
         self.end("synced folder")
+
+    def free_bytes(self, folder: Path) -> int:
+        return self._folder.disk.free_bytes(folder)
 
     def _inode(self, path: Path) -> Inode:
         inode = self._folder.names.get(path)

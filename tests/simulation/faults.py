@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+
+from timetier.cluster.cold.service import ColdService
+from timetier.cluster.errors import TimeTierError
+from timetier.cluster.messages import DISK_SERVES, DiskReplace, DiskRetry, Message
 
 from .disk import SimDisk
 from .network import Weather
@@ -11,6 +16,7 @@ from .workload import Workload
 from .world import World
 
 POWER_CUT_S = 0.3
+OPERATOR_S = 0.2  # between two looks of whoever mends disks
 
 _WEATHERS = (
     Weather(dropped=0.02),
@@ -223,6 +229,9 @@ class Faults:
         files = folder.files()
         if files:
             self._world.cold_copies_needed = self._world.topology.cold_replicas - 1
+            if len(files) > 1 and int(fault.amount) % 3 == 0:
+                folder.swap(files[0], files[1 + int(fault.amount) % (len(files) - 1)])
+                return
             folder.flip_bit(files[int(fault.amount) % len(files)], int(fault.amount) // 7)
 
     def _lose_cold(self, fault: Fault) -> None:
@@ -231,6 +240,45 @@ class Faults:
         if files:
             self._world.cold_copies_needed = self._world.topology.cold_replicas - 1
             folder.lose(files[int(fault.amount) % len(files)])
+
+    def _fail_cold_disk(self, fault: Fault) -> None:
+        """A disk of a cold node fails for a while; then it works again, or another one takes its place."""
+        folder = self._world.nodes[fault.node].cold
+        ordinal, changed = divmod(int(fault.amount), 2)
+        name = f"disk-{ordinal}"
+        folder.failing.add(name)
+        self._world.lost_disks.add(fault.node)
+
+        def end() -> None:
+            folder.failing.discard(name)
+            if changed:
+                self._world.cold_copies_needed = self._world.topology.cold_replicas - 1
+                folder.change_disk(name)
+            self._operate(fault.node, ordinal, name)
+
+        self._until(f"{name} of {fault.node}", fault.lasts_s, end)
+
+    def _operate(self, node: str, ordinal: int, name: str) -> None:
+        """What an operator does until a disk serves again: has it retried, or replaced when it is empty."""
+        world = self._world
+        found = world.nodes[node]
+        if name in found.cold.failing:
+            return  # it has failed again; whoever ends that goes on
+        disk = None if found.service is None or found.life is None else found.service.keeper.disk(ordinal)
+        if disk is not None and found.life is not None:
+            empty = not any(path.parent.name == name for path in found.cold.names)
+            serves = disk.state == DISK_SERVES  # with an empty one: nobody has asked anything of it since
+            if serves and not empty:
+                return
+            if serves or not disk.readable:
+                message = DiskReplace(ordinal, serves) if empty else DiskRetry(ordinal)
+                world.loop.spawn(found.life, _order(found.service, message))
+        world.later(OPERATOR_S, lambda: self._operate(node, ordinal, name))
+
+
+async def _order(service: ColdService, message: Message) -> None:
+    with contextlib.suppress(TimeTierError):  # the operator tries again
+        await service.handle(message)
 
 
 _HAPPENS: dict[str, Callable[[Faults, Fault], None]] = {
@@ -250,6 +298,7 @@ _HAPPENS: dict[str, Callable[[Faults, Fault], None]] = {
     "kill client": Faults._kill_client,
     "flip cold": Faults._flip_cold,
     "lose cold": Faults._lose_cold,
+    "fail cold disk": Faults._fail_cold_disk,
     "sink": Faults._sink,
     "wipe": Faults._wipe,
     "old folder": Faults._old_folder,

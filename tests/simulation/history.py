@@ -64,6 +64,13 @@ class ReadPage(msgspec.Struct, frozen=True, tag=True):
     down_to: Key | None = None
 
 
+class Expire(msgspec.Struct, frozen=True, tag=True):
+    """Nobody sees items with a timestamp below `before` any more, also ones that are written later. No client does
+    this: who knows when a retention horizon was chosen writes it down."""
+
+    before: int
+
+
 # ---- what came back
 
 
@@ -102,7 +109,7 @@ class Page(msgspec.Struct, frozen=True, tag=True):
     version: int | None = None
 
 
-Arguments = Write | Get | ReadPage
+Arguments = Write | Get | ReadPage | Expire
 Result = Done | Conflict | Unknown | Refused | Item | Page
 
 
@@ -124,7 +131,7 @@ class Operation(msgspec.Struct):
     @property
     def is_write(self) -> bool:
         """Whether it may change the timeline: a refused write and one that met a conflict may not."""
-        return isinstance(self.arguments, Write) and not isinstance(self.result, (Conflict, Refused))
+        return isinstance(self.arguments, Write | Expire) and not isinstance(self.result, (Conflict, Refused))
 
     @property
     def is_unknown(self) -> bool:
@@ -178,6 +185,12 @@ class Recorder:
         self.operations.append(operation)
         self._write(operation)
         return operation
+
+    def happened(self, client: str, timeline: str, kind: str, arguments: Arguments, since: float) -> None:
+        """Note something that is known to have happened between `since` and now."""
+        number = len(self.operations)
+        self.operations.append(Operation(client, timeline, kind, arguments, Done(), since, self._now(), number))
+        self._write(self.operations[-1])
 
     def returned(self, operation: Operation, result: Result) -> None:
         """Note what came back."""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .history import Done, Item, Key, Operation, Page, Refused, Write, load_history
+from .history import Done, Expire, Item, Key, Operation, Page, Refused, Write, load_history
 from .plain_timeline import CLOSED, EMPTY, NEVER, State, after, tells_versions, told_version
 
 DEFAULT_EFFORT = 200_000  # configurations looked at per timeline: some seconds
@@ -133,7 +133,7 @@ class _Search:
         self.gaps = gaps or not self.versions_matter
         ordered = sorted(operations, key=lambda operation: operation.called_at)
         self.known = [op for op in ordered if not op.is_unknown and not isinstance(op.result, Refused)]
-        self.unknown_as_recorded = [op for op in ordered if op.is_unknown and isinstance(op.arguments, Write)]
+        self.unknown_as_recorded = [op for op in ordered if op.is_unknown and isinstance(op.arguments, Write | Expire)]
         self.unknown = _dated(self.unknown_as_recorded, ordered)
         for op in self.known:
             if op.returned_at is None or op.returned_at < op.called_at:
@@ -185,7 +185,8 @@ class _Search:
     def _advance(self, step: _Step, index: int, state: State) -> _Step | None:
         """The configuration after an operation; None if one that is left has seen an older version."""
         if not self.versions_matter:
-            state = State(rows=state.rows)  # else histories that differ in entries only would be looked at again
+            # Else histories that differ in entries only would be looked at again.
+            state = State(rows=state.rows, horizon=state.horizon)
         done = step.done | 1 << index
         passed = step.passed
         while passed < len(self.versions) and done >> self.versions[passed][1] & 1:

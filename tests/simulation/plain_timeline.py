@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
-from .history import Conflict, Done, Get, Item, Key, Operation, Page, ReadPage, Seen, Write
+from .history import Conflict, Done, Expire, Get, Item, Key, Operation, Page, ReadPage, Seen, Write
 
 NEVER = float("inf")
 CLOSED = -NEVER
@@ -28,11 +28,13 @@ class State(NamedTuple):
     """The plain timeline: rows in ascending order of their keys.
 
     `open_until`: a write that was called later can't be in the last entry, since one of the entry had returned then.
+    `horizon`: items with an older timestamp have expired.
     """
 
     version: int = 0
     open_until: float = CLOSED
     rows: tuple[Row, ...] = ()
+    horizon: float = -NEVER
 
 
 EMPTY = State()
@@ -56,6 +58,9 @@ def tells_versions(operation: Operation) -> bool:
 def after(state: State, operation: Operation, gaps: bool = False) -> list[State]:
     """States in which the plain timeline can be after an operation with this result; none if it can't be right."""
     arguments, result = operation.arguments, operation.result
+    if isinstance(arguments, Expire):
+        horizon = max(state.horizon, arguments.before)
+        return [state._replace(rows=tuple(row for row in state.rows if row.key[0] >= horizon), horizon=horizon)]
     if isinstance(arguments, Write) and not isinstance(result, Conflict):
         return _after_write(state, operation, arguments, gaps)
     looked = _look(state, told_version(operation), gaps)
@@ -87,27 +92,27 @@ def _after_write(state: State, operation: Operation, write: Write, gaps: bool) -
     if write.if_version is not None:
         reachable = state.version == write.if_version or (gaps and state.version < write.if_version)
         if reachable and version in (None, write.if_version + 1):
-            states.append(_apply(state.rows, write, write.if_version + 1, CLOSED, write.if_version + 1))
+            states.append(_apply(state, write, write.if_version + 1, CLOSED, write.if_version + 1))
         return states
     if version in (None, state.version + 1) or (gaps and version is not None and version > state.version):
-        states.append(_apply(state.rows, write, version or state.version + 1, until, claim))
+        states.append(_apply(state, write, version or state.version + 1, until, claim))
     if operation.called_at <= state.open_until and version in (None, state.version):
         claim = version if gaps else state.version
-        states.append(_apply(state.rows, write, state.version, min(until, state.open_until), claim))
+        states.append(_apply(state, write, state.version, min(until, state.open_until), claim))
     return states
 
 
-def _apply(rows: tuple[Row, ...], write: Write, version: int, open_until: float, claim: int | None) -> State:
+def _apply(state: State, write: Write, version: int, open_until: float, claim: int | None) -> State:
     """The state after a write, at `version`. `claim`: version of its rows, None if `version` is but the least it is."""
-    changed = {row.key: row for row in rows}
+    changed = {row.key: row for row in state.rows}
     for mutation in write.mutations:
         if mutation.key is None:
             changed.clear()
-        elif mutation.action == "put":
+        elif mutation.action == "put" and mutation.key[0] >= state.horizon:
             changed[mutation.key] = Row(mutation.key, mutation.value, claim)
         else:
             changed.pop(mutation.key, None)
-    return State(version, open_until, tuple(sorted(changed.values(), key=lambda row: row.key)))
+    return State(version, open_until, tuple(sorted(changed.values(), key=lambda row: row.key)), state.horizon)
 
 
 def _has_item(rows: tuple[Row, ...], key: Key, result: Item) -> bool:

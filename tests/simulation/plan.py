@@ -50,6 +50,7 @@ class Shape:
     straggling: float
     groups: int = 1
     flight_entries: int = 2  # from so many on, entries of one step travel together
+    retention_us: int = 0  # 0: nothing expires
 
     def storage_nodes(self) -> tuple[str, ...]:
         """Names of all storage nodes."""
@@ -154,6 +155,7 @@ def _shape(random: Random, operations: int) -> Shape:
         straggling=random.choice([0.0, 0.0, 0.02]),
         groups=random.choice([1, 1, 1, 1, 1, 2]),
         flight_entries=random.choice([1, 1, 2]),
+        retention_us=random.choice([0, 0, 1_500_000, 5_000_000]),
     )
 
 
@@ -332,7 +334,19 @@ def _faults(seed: int, shape: Shape) -> list[Fault]:
         elif kind in ("flip cold", "lose cold"):
             node, amount = weak_cold, float(random.randrange(1 << 30))
         faults.append(Fault(number, at_s, kind, node, other, lasts_s, amount))
+    faults += _cold_disks(stream(seed, "cold disks"), shape, weak_cold, len(faults))
     return faults + _sinks(stream(seed, "sinks"), shape, len(faults))
+
+
+def _cold_disks(random: Random, shape: Shape, node: str, number: int) -> list[Fault]:
+    """Disks of one cold node that fail; each works again after a while, or is changed for an empty one."""
+    faults: list[Fault] = []
+    for _ in range(random.choice([0, 0, 0, 1, 2])):
+        at_s = random.uniform(0.2, 1.0) * shape.duration_s
+        lasts_s = random.choice([0.2, 1.0, 2.5]) * random.uniform(0.5, 1.5)
+        amount = float(random.randrange(4))  # ordinal and whether it is changed
+        faults.append(Fault(number + len(faults), at_s, "fail cold disk", node, lasts_s=lasts_s, amount=amount))
+    return faults
 
 
 def _sinks(random: Random, shape: Shape, number: int) -> list[Fault]:

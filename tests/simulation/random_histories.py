@@ -56,7 +56,7 @@ class SimpleStore:
             self._apply(request.operation.arguments)
             request.result = Done(self._told())
         for request in requests:
-            if not isinstance(request.operation.arguments, Write):
+            if isinstance(request.operation.arguments, Get | ReadPage):
                 request.result = self._look(request.operation.arguments)
 
     def take_conditional(self, request: _Request) -> None:

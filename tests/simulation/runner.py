@@ -26,6 +26,7 @@ START_S = 30.0
 WORK_S = 90.0
 SETTLE_S = 60.0
 AUDIT_S = 60.0
+LAST_SINKS = 6
 
 
 @dataclass
@@ -138,6 +139,8 @@ class _Run:
         if not world.loop.run(lambda: self._given_up() or (self.workload.done and not world.unready()), SETTLE_S):
             self.report("everything completes", f"{SETTLE_S:g} s after the last fault: {world.unready()}")
             return
+        if not self._collect():
+            return
         audit = self.workload.audit(self.plan.shape.owners)
         if not world.loop.run(audit.done, AUDIT_S) or audit.exception() or not audit.result():
             why = audit.exception() if audit.done() else f"no end within {AUDIT_S:g} s"
@@ -149,6 +152,42 @@ class _Run:
         world.watch.early_pages()
         world.watch.all_links()
         world.watch.replicas_are_equal()
+        world.watch.expired_and_wiped_rows_are_gone(sunk=False)
+        if not self._given_up() and any(fault.kind == "sink" for fault in self.plan.faults):
+            self._sink_once_more()
+
+    def _sink_once_more(self) -> None:
+        """When all replicas have done their chores, one more run leaves nothing in blocks that was wiped."""
+        world, workload = self.world, self.workload
+        workload.run_sink("sink-at-rest")
+        if not world.loop.run(lambda: self._given_up() or workload.done, AUDIT_S):
+            self.report("everything completes", "a sink at rest does not end")
+            return
+        report = workload.sink_reports[-1]
+        sunk = not (report.errors or report.skipped_timelines or report.fenced_buckets)
+        if not world.loop.run(lambda: not world.unsettled(), SETTLE_S):
+            return  # its last entry may be unknown to replicas: then whoever comes next finds out
+        world.watch.expired_and_wiped_rows_are_gone(sunk=sunk)
+
+    def _collect(self) -> bool:
+        """Run the sink until it meets no error: what crashed runs have left is gone then. Whether all runs ended."""
+        world, workload = self.world, self.workload
+        if not any(fault.kind == "sink" for fault in self.plan.faults):
+            return True
+        world.watch.sinks.grace_s = 0.0
+        for number in range(LAST_SINKS):
+            workload.run_sink(f"sink-last-{number}")
+            if not world.loop.run(lambda: self._given_up() or workload.done, AUDIT_S):
+                self.report("everything completes", "a sink after all faults does not end")
+                return False
+            if self._given_up():
+                return False
+            if number and not workload.sink_reports[-1].errors:
+                break
+        else:
+            return True  # files that the faults have damaged can't be judged
+        world.watch.sinks.no_garbage()
+        return True
 
     def _check_history(self) -> None:
         report = check_history(self.workload.history.operations, effort=CHECK_EFFORT)

@@ -16,6 +16,7 @@ from .history import (
     Arguments,
     Conflict,
     Done,
+    Expire,
     Get,
     Item,
     Operation,
@@ -33,7 +34,7 @@ from .history import (
 from .linearizability import check_history, linearizable
 from .random_histories import good_history, spoilt
 
-Line = tuple[str, Arguments, Result, float, float | None]
+Line = tuple[str, Arguments, Result | None, float, float | None]
 
 
 def history(*lines: Line) -> list[Operation]:
@@ -67,6 +68,17 @@ def write_all(*keys: int) -> Write:
 
 GOOD: dict[str, list[Operation]] = {
     "nothing": [],
+    "an item is there until it expires, and is never seen when it is written afterwards": history(
+        ("a", write_all(1, 5), Done(1), 0, 1),
+        ("b", *page(5, 1, version=1), 2, 3),
+        ("sink", Expire(3), Done(), 2, 9),
+        ("b", *page(5, version=1), 4, 5),
+        ("a", x("2"), Done(2), 10, 11),
+        ("b", *get(None, 2), 12, 13),
+    ),
+    "nobody knows whether items have expired": history(
+        ("a", write_all(1, 5), Done(1), 0, 1), ("sink", Expire(3), None, 2, None), ("b", *page(5, 1, version=1), 8, 9)
+    ),
     "write, then read": history(("a", x("1"), Done(1), 0, 1), ("b", *get("1", 1, 1), 2, 3)),
     "read in the middle of a write, before it": history(("a", x("1"), Done(1), 0, 9), ("b", *get(None, 0), 1, 2)),
     "read in the middle of a write, after it": history(("a", x("1"), Done(1), 0, 9), ("b", *get("1", 1), 1, 2)),
@@ -117,6 +129,18 @@ GOOD: dict[str, list[Operation]] = {
 }
 
 BAD: dict[str, list[Operation]] = {
+    "an expired item is seen again": history(
+        ("a", write_all(1, 5), Done(1), 0, 1),
+        ("sink", Expire(3), Done(), 2, 9),
+        ("b", *page(5, version=1), 4, 5),
+        ("c", *page(5, 1, version=1), 6, 7),
+    ),
+    "an item is seen after it has expired for sure": history(
+        ("a", write_all(1, 5), Done(1), 0, 1), ("sink", Expire(3), Done(), 2, 3), ("b", *page(5, 1, version=1), 4, 5)
+    ),
+    "an item is gone before it could expire": history(
+        ("a", write_all(1, 5), Done(1), 0, 1), ("b", *page(5, version=1), 2, 3), ("sink", Expire(3), Done(), 4, 5)
+    ),
     "stale read": history(
         ("a", x("1"), Done(1), 0, 1), ("a", x("2"), Done(2), 2, 3), ("b", *get("1"), 4, 5)
     ),

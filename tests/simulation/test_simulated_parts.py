@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from timetier.cluster.carriers.base import CallError
 from timetier.cluster.cold.block import checksum
+from timetier.cluster.cold.mending import Repair
+from timetier.cluster.cold.repair_log import OpenRepair, RepairLog, added, done
 from timetier.cluster.cold.store import ColdStore
 from timetier.cluster.errors import Corrupt, Unavailable
 from timetier.cluster.messages import Message, Ping, Pong
@@ -273,7 +275,7 @@ def test_an_old_folder_brings_back_old_rows_and_an_old_boot() -> None:
 
 
 def cold_store(folder: ColdFolder, life: Life) -> ColdStore:
-    return ColdStore("/cold", 1, files=SimFiles(folder, life, lambda: 0), clock=lambda: 0.0, wall_s=lambda: 0.0)
+    return ColdStore("/cold", 1, files=SimFiles(folder, life, lambda: 0), clock=lambda: 0.0, wall_s=lambda: 0.0).open()
 
 
 def write(store: ColdStore, name: str, data: bytes) -> None:
@@ -325,3 +327,35 @@ def test_damage_to_a_cold_file_is_noticed(
     damage(disk, folder, folder.files()[0])
     with pytest.raises(error):
         store.read_block("file", 0, 8, checksum(b"abcdefgh"))
+
+
+def test_what_the_repair_queue_has_noted_survives_every_crash_of_its_disk() -> None:
+    for seed in range(150):
+        disk, life = new_disk(seed)
+        folder, random = ColdFolder(disk), Random(seed)
+        place = Path("/cold")
+        open_, doubtful = set[Repair](), set[Repair]()
+        disk.crash_after = random.randrange(1, 60)
+        disk.on_crash = lambda what: None
+        try:
+            log = RepairLog(SimFiles(folder, life, lambda: 0), place)
+            for number in range(20):
+                one = OpenRepair(Repair(f"f{number}", 8, 9, number, False), 1.0)
+                doubtful = {one.repair}
+                if random.random() < 0.2:
+                    log.rewrite([*(OpenRepair(repair, 1.0) for repair in sorted(open_)), one])
+                else:
+                    log.append([added(one)])
+                open_.add(one.repair)
+                if random.random() < 0.5:
+                    ended = random.choice(sorted(open_))
+                    doubtful = {ended}
+                    open_.discard(ended)
+                    log.append([done(ended.place)])
+                doubtful = set()
+        except Crashed:
+            life = disk.life = new_life()
+        disk.crash_after = None
+        disk.power_off()
+        found = {one.repair for one in RepairLog(SimFiles(folder, life, lambda: 0), place).read()}
+        assert found - doubtful == open_ - doubtful, f"seed {seed}"

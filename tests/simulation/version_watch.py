@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from timetier.cluster.cold.run_record import run_timeline
 from timetier.cluster.keys import system_timeline, timeline_key
 from timetier.cluster.paxos.rows import Meta, log_key, meta_key, prefix_end
 from timetier.cluster.paxos.versions import Versions
@@ -24,7 +25,7 @@ class VersionWatch:
         self._truth = truth
         self._report = report
         owners = [timeline_key(TABLE.encode(), owner.encode(), BUCKETS) for owner in plan.shape.owners]
-        self._timelines = [*owners, *map(system_timeline, range(BUCKETS))]
+        self._timelines = [*owners, *map(system_timeline, range(BUCKETS)), run_timeline(BUCKETS)]
         self._by_digest: dict[bytes, bytes] = {}
 
     def replica(self, name: str, versions: Versions, engine: SimEngine, disk: SimDisk) -> None:

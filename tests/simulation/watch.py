@@ -6,12 +6,22 @@ They change nothing: no row is read through the engine's own calls, which would 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timetier.cluster.cold.block import DecodedBlock, checksum, decode_block
 from timetier.cluster.cold.link import Block, Link, decode_link
+from timetier.cluster.cold.run_record import run_timeline
 from timetier.cluster.errors import TimeTierError
-from timetier.cluster.keys import bucket_of, is_system, split_item_key, split_timeline, system_timeline, timeline_hash
+from timetier.cluster.keys import (
+    bucket_of,
+    is_system,
+    split_item_key,
+    split_timeline,
+    system_timeline,
+    timeline_hash,
+    timestamp_floor,
+)
 from timetier.cluster.memory.pages import Page
 from timetier.cluster.messages import (
     PUT,
@@ -43,6 +53,9 @@ from timetier.cluster.paxos.rows import (
 from timetier.cluster.paxos.timeline import Timeline
 
 from .disk import Batch, SimDisk, SimEngine
+from .expiry_watch import ExpiryWatch
+from .plan import BUCKETS
+from .sink_watch import SinkWatch
 from .trace import show_key, show_timeline
 from .truth import Entry, History, Truth
 from .version_watch import VersionWatch
@@ -64,6 +77,9 @@ class Watch:
         self.checked_evictions = 0
         self.checked_answers = 0
         self.versions = VersionWatch(world.plan, self.truth, report)
+        self.sinks = SinkWatch(world, self.truth, report)
+        self.expiry = ExpiryWatch(world, self.truth, report)
+        self._runs = run_timeline(BUCKETS)
         self._world = world
         self._report = report
         self._early_pages: list[tuple[str, bytes, Page]] = []
@@ -80,14 +96,33 @@ class Watch:
         def on_chosen(timeline: Timeline, number: int, request_ids: list[bytes]) -> None:
             known = self.truth.of(timeline.key).version
             self.truth.chosen(name, timeline.key, number, _entry(engine, timeline.key, number, request_ids))
-            if is_system(timeline.key) and self.truth.of(timeline.key).version > known:
-                self._check_links(timeline.key)
+            if self.truth.of(timeline.key).version > known:
+                self._on_version(timeline.key, number)
+                if is_system(timeline.key):
+                    self.expiry.chosen(timeline.key, known)
             self._check_majority(name, timeline.key, number, request_ids)
             inner(timeline, number, request_ids)
 
         replica.core.on_chosen = on_chosen
         engine.on_commit = lambda batch: self._on_commit(name, batch)
         self.versions.replica(name, replica.core.versions, engine, self._world.nodes[name].disk)
+
+    def _on_version(self, timeline: bytes, number: int) -> None:
+        """A timeline has reached a version, at the first replica that says so."""
+        if is_system(timeline):
+            self._check_links(timeline)
+            self.sinks.links_chosen(
+                timeline, self.links(timeline, number), lambda link, block: self._block(link, block)[0]
+            )
+        elif timeline == self._runs:
+            self.sinks.record(number)
+        else:
+            self.sinks.chosen(timeline, number)
+
+    def cold_file_removed(self, node: str, path: Path) -> None:
+        """A cold node removes a file."""
+        self.sinks.file_removed(node, path)
+        self._world.after_step(self.all_links)
 
     def _check_majority(self, name: str, timeline: bytes, number: int, request_ids: list[bytes]) -> None:
         """What a replica takes for chosen must be on the disks of a majority."""
@@ -169,7 +204,8 @@ class Watch:
     def _check_page(self, name: str, timeline: bytes, page: Page) -> None:
         self.checked_pages += 1
         items = self.truth.of(timeline).items(page.version)
-        wanted = {key: (row.version, row.value) for key, row in items.items() if page.contains(key)}
+        floor = timestamp_floor(page.horizon)
+        wanted = {key: (row.version, row.value) for key, row in items.items() if page.contains(key) and key >= floor}
         found = {key: (item.version, item.value) for key, item in zip(page.keys, page.unpacked(), strict=True)}
         if found != wanted:
             self._report(
@@ -180,6 +216,7 @@ class Watch:
     # ------------------------------------------------------------ G8: hot, or behind a link
 
     def _on_commit(self, name: str, batch: Batch) -> None:
+        self.expiry.committed(batch)
         for key, value in batch:
             if value is None and key[:1] == b"R":
                 timeline = _timeline_of_row(key)
@@ -204,12 +241,16 @@ class Watch:
         history = self.truth.of(timeline)
         if version > history.version:
             return  # a state whose entries nobody has shown
+        system = system_timeline(bucket_of(timeline))
+        floor = timestamp_floor(self.expiry.horizon_of(timeline, chosen_of(replica, engine, system)))
         prefix = rows_prefix(timeline)
         rows = engine.peek_range(prefix, prefix_end(prefix))
         hot = {(row[len(prefix) : -VERSION_BYTES], version_of(row)): value for row, value in rows.items()}
         cold: dict[tuple[bytes, int], bytes] | None = None
         for key, row in history.items(version).items():
             value = hot.get((key, row.version))
+            if key < floor:
+                continue
             if value is not None:
                 if decode_row(value)[1:] != (PUT, row.value):
                     self._report("rows are what was written", f"{name}: {show_timeline(timeline)} {show_key(key)}")
@@ -285,6 +326,13 @@ class Watch:
                         if place not in self._decoded:
                             self._decoded[place] = decode_block(data, link.format)
         return (self._decoded[place] if copies else None), copies
+
+    def expired_and_wiped_rows_are_gone(self, *, sunk: bool) -> None:
+        """After everything came to rest. `sunk`: and the sink has run since without any error."""
+        self.expiry.rows_are_gone()
+        self.expiry.wipes_are_noted(self.links)
+        if sunk:
+            self.expiry.wiped_rows_are_gone(self.links, lambda link, block: self._block(link, block)[0])
 
     def all_links(self) -> None:
         """The blocks of all links that are valid last are there."""

@@ -19,6 +19,7 @@ import msgspec
 from .history import (
     Conflict,
     Done,
+    Expire,
     Get,
     Item,
     Key,
@@ -77,7 +78,7 @@ def _until(operations: Sequence[Operation], instant: float) -> list[Operation]:
             continue
         if operation.returned_at is not None and operation.returned_at <= instant:
             kept.append(operation)
-        elif isinstance(operation.arguments, Write) and not isinstance(operation.result, Conflict):
+        elif isinstance(operation.arguments, Write | Expire) and not isinstance(operation.result, Conflict):
             kept.append(msgspec.structs.replace(operation, result=Unknown(), returned_at=None))
     return kept
 
@@ -103,6 +104,8 @@ def _project(operation: Operation, keys: tuple[Key, ...]) -> Operation | None:
     """An operation as far as it is about some items; None if it tells nothing then."""
     arguments, result = operation.arguments, operation.result
     told = told_version(operation) is not None
+    if isinstance(arguments, Expire):
+        return operation
     if isinstance(arguments, Write):
         mutations = tuple(m for m in arguments.mutations if m.key is None or m.key in keys)
         if not mutations and not told:
@@ -138,7 +141,8 @@ def _shrink(operations: Sequence[Operation], *, gaps: bool = False, start: State
         removed = False
         for operation in reversed(list(kept)):
             rest = [op for op in kept if op is not operation]
-            free = not operation.is_write or (gaps and _is_hidden(operation, rest))
+            hidden = gaps and isinstance(operation.arguments, Write) and _is_hidden(operation, rest)
+            free = not operation.is_write or hidden
             if free and _is_bad(rest, gaps=gaps, start=start):
                 kept, removed = rest, True
     return kept
@@ -253,6 +257,8 @@ def _show_arguments(operation: Operation) -> str:
     arguments = operation.arguments
     if isinstance(arguments, Get):
         return f"{operation.kind} {_show_key(arguments.key)}"
+    if isinstance(arguments, Expire):
+        return f"{operation.kind} before {arguments.before}"
     if isinstance(arguments, ReadPage):
         below = f" before {_show_key(arguments.before)}" if arguments.before is not None else ""
         return f"{operation.kind}{below}, limit {arguments.limit}"

@@ -10,16 +10,26 @@ from typing import Any
 from timetier.cluster.carriers.base import CallError, Carrier
 from timetier.cluster.cold import sink_script
 from timetier.cluster.cold.sink_calls import SinkSettings
-from timetier.cluster.cold.sinking import chosen_cut_offs
+from timetier.cluster.cold.sinking import CutOffs, chosen_cut_offs
 from timetier.cluster.drive import drive
 from timetier.cluster.errors import OutcomeUnknown, TimeTierError, Unavailable, VersionConflict, WriteManyError
-from timetier.cluster.keys import decode_token, is_system, item_key, split_item_key, timeline_key
+from timetier.cluster.keys import (
+    decode_token,
+    is_internal,
+    is_system,
+    item_key,
+    split_item_key,
+    split_timeline,
+    timeline_hash,
+    timeline_key,
+)
 from timetier.cluster.messages import DELETE, PUT, WIPE, Settle, pack_i64
 
 from .history import (
     Arguments,
     Conflict,
     Done,
+    Expire,
     Get,
     Item,
     Mutation,
@@ -69,6 +79,7 @@ class Workload:
         self.sinks_running = 0
         self.sink_reports: list[sink_script.SinkReport] = []
         self._world = world
+        world.watch.expiry.on_chosen = self._expired
         shape = world.plan.shape
         self._clients = [
             Client(number, [one for one in world.plan.operations if one.client == number])
@@ -134,10 +145,10 @@ class Workload:
         return self._world.loop.spawn(life, look())
 
     async def _settle_links(self, carrier: Carrier) -> None:
-        """Find out about the last entries of the system timelines: if nobody remembers that one is chosen, only the
-        next run of the sink would."""
+        """Find out about the last entries of what only the sink writes: if nobody remembers that one is chosen, only
+        its next run would."""
         for timeline, history in sorted(self._world.watch.truth.timelines.items()):
-            if is_system(timeline):
+            if is_system(timeline) or is_internal(split_timeline(timeline)[1]):
                 question = Settle([timeline], pack_i64([max(history.entries, default=0)]), 2_000)
                 for attempt in range(SETTLE_ATTEMPTS):  # some messages are lost even now, as on any network
                     with contextlib.suppress(CallError):
@@ -146,8 +157,14 @@ class Workload:
 
     # ------------------------------------------------------------ the sink
 
+    def _expired(self, bucket: int, horizon: int, since_s: float) -> None:
+        """A retention horizon was chosen at some time since."""
+        for owner in self._world.plan.shape.owners:
+            if timeline_hash(TABLE.encode(), owner.encode()) % BUCKETS == bucket:
+                self.history.happened("sink", owner, "expire", Expire(horizon), since_s)
+
     def run_sink(self, name: str, killed_after_s: float = 0.0) -> None:
-        """Run the sink once; kill it after some time, unless that is 0."""
+        """Run the sink once; kill it after some time, unless that is 0. Its report is the last of `sink_reports`."""
         random = stream(self._world.plan.seed, name)
         life = self._world.new_life(name, random)
         self.sinks_running += 1
@@ -177,14 +194,18 @@ class Workload:
         settings = SinkSettings(
             block_rows=shape.block_rows,
             file_bytes=2_000,
-            orphan_grace_s=shape.orphan_grace_s,
+            orphan_grace_s=world.watch.sinks.grace_s,
             scan_bytes=shape.scan_bytes,
             piece_bytes=700,
             call_timeout_s=SINK_TIMEOUT_S,
             write_timeout_s=2.0,
             back_off_s=0.05,
+            min_live_share=random.choice([0.0, 0.5, 0.9]),
+            merge_files=random.choice([2, 5]),
+            min_block_bytes=random.choice([0, 0, 60, 300]),
         )
-        task = sink_script.TableSink(TABLE.encode(), policy, cut_offs)
+        longest_wait = CutOffs(cut_offs.event_before - 1_000_000, cut_offs.written_before - 1_000_000)
+        task = sink_script.TableSink(TABLE.encode(), policy, cut_offs, longest_wait)
         script = sink_script.sink(store.view, [task], run=name, now_us=now_us, settings=settings)
         report = await drive(script, store.carrier)
         world.trace.note(name, f"ends: {report.to_json()}")

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from timetier.cluster.client import store as store_module
 from timetier.cluster.client.view import ClientSettings
 from timetier.cluster.cold import service as cold_module
+from timetier.cluster.cold.scrub_round import ScrubSettings
 from timetier.cluster.config import StorageConfig
 from timetier.cluster.counters import Counters
 from timetier.cluster.errors import TimeTierError
@@ -40,6 +42,7 @@ from .watch import Watch, chosen_of, noted_life
 
 CLUSTER = "simulated"
 RESTART_S = 0.5  # after a start that failed
+SCRUB_EVERY_S = 3.0
 LOSS_S = 0.5  # after a loss of data: so long nobody is asked whether writes from before it have two copies
 
 
@@ -77,13 +80,15 @@ class World:
         self.routing = Routing(self.topology)
         self.formatted: set[str] = set()  # what the Router knows
         self.skew_us: dict[str, int] = {}
+        self.lost_disks: set[str] = set()  # cold nodes that had a disk fail: garbage may stay on it
         self.cold_copies_needed = self.topology.cold_replicas
         self.counters: Counter[str] = Counter()  # of lives that have ended
         self.losing = ""  # the storage node that lost its data and does not vote again yet
         self.lost_at = -math.inf
         self.nodes = {name: Node(self, name) for name in self.topology.node_names()}
         for node in self.nodes.values():
-            node.cold.on_remove = lambda: self.after_step(self.watch.all_links)
+            node.cold.on_remove = partial(self.watch.cold_file_removed, node.name)
+            node.cold.on_name = partial(self.watch.sinks.file_named, node.name)
         self._graves: list[Life] = []
         clocks = stream(plan.seed, "clocks")
         for name in self.nodes:
@@ -187,6 +192,7 @@ class World:
             chore_rows=shape.chore_rows,
             mark_delay_s=0.1,
             flight_entries=shape.flight_entries,
+            expire_rest_s=0.5,
         )
         await service.start()
         await asyncio.sleep(node.random.uniform(0.0, 0.01))  # the Router takes its time
@@ -230,6 +236,7 @@ class World:
             disks=self.topology.cold_disks,
             read_threads=2,
             counters=Counters(),
+            scrub=ScrubSettings(mb_per_s=1.0, every_s=SCRUB_EVERY_S, grace_s=SCRUB_EVERY_S),
             files=SimFiles(node.cold, life, lambda: self.wall_us(node.name) * 1_000),
             clock=self.loop.time,
             wall_s=lambda: self.wall_us(node.name) / 1e6,
@@ -333,6 +340,8 @@ class World:
                 found = self.replica(name)
                 if found is None or found[0].state != VOTING:
                     return f"{name} does not vote: {node.service.status()['reason']}"
+            if node.tier == "cold" and any(disk["state"] != "serving" for disk in node.service.keeper.tell()):
+                return f"{name}: {node.service.status()['reason']}"
         return ""
 
     def unsettled(self) -> str:
@@ -357,8 +366,8 @@ class World:
                             return f"{name} has version {has} of {show_timeline(timeline)}, not {version}"
                 if replica.chores.pending:
                     return f"{name} has {replica.chores.pending} chores"
-            elif node.tier == "cold" and node.service._queued:
-                return f"{name} has {len(node.service._queued)} repairs"
+            elif node.tier == "cold" and len(node.service.repairs):
+                return f"{name} has {len(node.service.repairs)} repairs"
         return ""
 
     def _on_error(self, life: Life | None, error: BaseException) -> None:
@@ -396,7 +405,7 @@ def _watched(kind: Any, watch: Watch) -> Any:
 
 def _topology(plan: Plan) -> Topology:
     shape = plan.shape
-    policy = TablePolicy(per_second=1_000_000, cold_after=shape.cold_after_us, window=shape.window_us)
+    policy = TablePolicy(1_000_000, shape.cold_after_us, shape.window_us, shape.retention_us)
     return Topology(
         cluster_id=CLUSTER,
         namespace="simulation",
