@@ -96,8 +96,13 @@ class SinkRuns:
     # ------------------------------------------------------------ starting
 
     async def start(self, options: SinkOptions, by: str) -> dict[str, Any]:
-        """Start a run; its `kind` and `id`. Raises Unavailable while another one is at work, or Ray takes none."""
+        """Start a run; its `kind` and `id`.
+
+        Raises Unavailable while another one is at work, while the cluster is being restored, or when Ray takes none.
+        """
         async with self._starting:
+            if self._state.topology().restoring is not None:
+                raise Unavailable("the cluster is being restored: the sink runs again when that has ended")
             if not options.take_over:
                 self._refuse_a_second()
             run = run_name(self._wall_s())

@@ -176,6 +176,20 @@ def test_a_run_that_ray_does_not_take_is_a_failed_run(tmp_path: Path) -> None:
     in_loop(body)
 
 
+def test_no_run_begins_and_no_alarm_is_raised_while_the_cluster_is_being_restored(tmp_path: Path) -> None:
+    async def body() -> None:
+        book = Book(tmp_path)
+        book.state.set_restoring("night", "beginning")
+        with pytest.raises(Unavailable, match="being restored"):
+            await book.runs.start(SinkOptions(), "schedule")
+        assert (book.state.runs, book.runs.status()["alarm"]) == ([], "")
+        book.state.set_restoring("night", "")
+        await book.runs.start(SinkOptions(), "schedule")
+        book.runs.stop()
+
+    in_loop(body)
+
+
 def test_a_restarted_router_follows_the_runs_that_it_finds(tmp_path: Path) -> None:
     async def body() -> None:
         first = Book(tmp_path)
@@ -253,7 +267,7 @@ def test_runs_begin_on_schedule_and_one_that_is_at_work_is_not_overtaken(tmp_pat
         again.now += 2 * 3_600 + 1
         run = (await until(again.runs.under_way))["run"]
         assert again.entry(run)["by"] == "schedule"
-        assert again.jobs.options == [SinkOptions()]
+        assert await until(lambda: again.jobs.options) == [SinkOptions()]
         assert await until(lambda: (again.runs.status()["next_at"] or 0) > again.now)
         again.runs.stop()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .planted_expiry import EXPIRY_BUGS
 from .planted_sink import SINK_BUGS
 from .planting import Bug, Edit, Swap
 
@@ -432,56 +433,6 @@ BUGS = [
         ("paxos.chores:Chores._delete", "timeline.floor = max(timeline.floor, floor)", ""),
         plans="sinks",
     ),
-    # ---- retention and wiped timelines
-    _bug(
-        "horizon of one replica",
-        "a reader goes by the greatest horizon that any of a majority tells",
-        ("memory.requests:_vote", "slot.horizon = max(slot.horizon, horizon)", "slot.horizon = slot.horizon"),
-        (
-            "memory.requests:take_checked",
-            "slot.data = answers[first:end]",
-            "slot.data = answers[first:end]; slot.horizon = answers[first].horizon",
-        ),
-        plans="retention",
-    ),
-    _bug(
-        "horizon in doubt not told",
-        "a replica that has accepted a horizon and does not know whether it was chosen is no vote",
-        (
-            "paxos.standings:Standings.in_doubt",
-            "return record is not None and table in horizons_in(record.keys)",
-            "return False",
-        ),
-        plans="retention",
-    ),
-    _bug(
-        "page with expired items proven",
-        "a page is current while a majority knows of no later horizon than when it was read",
-        ("paxos.acceptor:Acceptor._write_entry", "self.core.versions.horizon_moved()", "pass"),
-        plans="retention",
-    ),
-    _bug(
-        "rows written below the horizon stay",
-        "rows that are written below the horizon are freed too",
-        ("paxos.expiry:Expiry.note", "if least and least < floor:", "if False:"),
-        plans="retention",
-    ),
-    _bug(
-        "expired rows freed without raising the floor",
-        "the log is not asked for rows that have expired",
-        (
-            "paxos.expiry:Expiry._delete",
-            "delete(self._core.timeline(key), doomed, max(map(version_of, doomed)))",
-            "delete(self._core.timeline(key), doomed, 0)",
-        ),
-        plans="retention",
-    ),
-    _bug(
-        "wiped timeline not noted",
-        "a scan names a wiped timeline as long as blocks hold its rows",
-        ("paxos.chores:Chores._note_wipe", "if wiped:", "if False:"),
-        plans="sinks",
-    ),
     # ---- catching up
     _bug(
         "state merged, not replaced",
@@ -534,4 +485,5 @@ BUGS = [
         scripts=("learner",),
     ),
     *SINK_BUGS,
+    *EXPIRY_BUGS,
 ]
