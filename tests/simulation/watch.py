@@ -271,10 +271,13 @@ class Watch:
 
         A replica that is behind may have evicted the item by a link that the next generation has replaced: the block
         then holds what came after the item, up to a version that this replica is yet to reach. Until then its rows
-        answer nobody, since that version was read from a majority.
+        answer nobody, since that version was read from a majority. So it is with an item that has expired by a horizon
+        which this replica is yet to reach: every reader is told of the greatest one of a majority.
         """
         _, table, owner = split_timeline(timeline)
         history, system = self.truth.of(timeline), system_timeline(bucket_of(timeline))
+        if key < timestamp_floor(self.expiry.horizon_of(timeline, self.truth.of(system).version)):
+            return True
         timestamp = split_item_key(key)[0]
         for link in self.links(system, self.truth.of(system).version):
             if link.table == table and link.window_start <= timestamp < link.window_end:
