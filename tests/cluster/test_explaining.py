@@ -206,6 +206,7 @@ def test_copies_that_are_damaged_or_gone_are_named_and_a_block_without_a_copy_is
 def test_a_replica_that_does_not_answer_is_named_and_a_lost_majority_is_no_proof(tmp_path: Path) -> None:
     async def body(tiers: ThreeTiers) -> None:
         await tiers.table.put("alice", YOUNG, b"x")
+        await tiers.agree()  # else the last replica may not have heard that the entry was chosen
         found = await tiers.table.explain("alice")
         assert (found.version, found.proven, found.items) == (1, True, [])
         assert [replica.state for replica in found.replicas] == [AGREES] * 3
